@@ -47,6 +47,7 @@ import argparse
 import dataclasses
 import math
 import os
+import pickle
 import re
 from collections import OrderedDict
 from itertools import pairwise
@@ -207,6 +208,7 @@ def check_box_values(boxes, where):
 
 
 def check_noise(name, value):
+    """Raise ValueError unless a noise knob is in [0, 1]."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}, it must be in [0, 1]: 0 is no noise, and above 1 a centre "
                          "leaves its box, a size turns negative, a chance exceeds certainty")
@@ -380,12 +382,11 @@ def build_backbone(config):
 
 
 def small_backbone(widths):
-    """Residual stages with live batch norm: learns from random weights on small images in minutes."""
-    layers, channels = [], 3
-    for width in widths:
-        shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, 2, bias=False), nn.BatchNorm2d(width))
-        layers.append(resnet.BasicBlock(channels, width, stride=2, downsample=shortcut))
-        channels = width
+    """A convolution and residual blocks with live batch norm: learns from random weights in minutes."""
+    layers = [nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
+    for narrow, wide in pairwise(widths):
+        shortcut = nn.Sequential(nn.Conv2d(narrow, wide, 1, 2, bias=False), nn.BatchNorm2d(wide))
+        layers.append(resnet.BasicBlock(narrow, wide, stride=2, downsample=shortcut))
     return nn.Sequential(*layers)
 
 
@@ -403,7 +404,7 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The residual feed-forward half of every layer, normalised afterwards (post-norm)."""
+    """The second half of every layer: each token by itself."""
 
     def __init__(self, config):
         super().__init__()
@@ -411,11 +412,9 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[config.activation]()
         self.linear2 = nn.Linear(config.dim_feedforward, config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.norm = nn.LayerNorm(config.hidden_dim)
 
     def forward(self, x):
-        hidden = self.dropout(self.activation(self.linear1(x)))
-        return self.norm(x + self.dropout(self.linear2(hidden)))
+        return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
 
 class EncoderLayer(nn.Module):
@@ -426,13 +425,14 @@ class EncoderLayer(nn.Module):
         self.self_attention = nn.MultiheadAttention(config.hidden_dim, config.num_heads,
                                                     dropout=config.dropout, batch_first=True)
         self.dropout = nn.Dropout(config.dropout)
-        self.norm = nn.LayerNorm(config.hidden_dim)
         self.feed_forward = FeedForward(config)
+        self.norm1, self.norm2 = nn.LayerNorm(config.hidden_dim), nn.LayerNorm(config.hidden_dim)
 
     def forward(self, x, positions, padding):
         placed = x + positions
         attended, _ = self.self_attention(placed, placed, x, key_padding_mask=padding, need_weights=False)
-        return self.feed_forward(self.norm(x + self.dropout(attended)))
+        x = self.norm1(x + self.dropout(attended))
+        return self.norm2(x + self.feed_forward(x))
 
 
 class Encoder(nn.Module):
@@ -487,18 +487,17 @@ class DecoderLayer(nn.Module):
         self.self_key_content, self.self_key_position = nn.Linear(width, width), nn.Linear(width, width)
         self.self_value = nn.Linear(width, width)
         self.self_attention = Attention(config)
-        self.norm1 = nn.LayerNorm(width)
 
         self.cross_query_content, self.cross_query_sine = nn.Linear(width, width), nn.Linear(width, width)
         self.cross_key_content, self.cross_key_position = nn.Linear(width, width), nn.Linear(width, width)
         self.cross_value = nn.Linear(width, width)
         self.cross_attention = Attention(config)
-        self.norm2 = nn.LayerNorm(width)
         # In the first layer the content says nothing yet, so position is added to it.
         self.cross_query_position = nn.Linear(width, width) if is_first else None
 
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x, query_position, query_sine, memory, memory_position, blocked, padding):
         """x, query_position, query_sine [B, Q, D]; memory, memory_position [B, S, D];
@@ -518,7 +517,7 @@ class DecoderLayer(nn.Module):
         key = self.join_heads(key, key_position)                                     # [B, S, 2D]
         attended = self.cross_attention(query, key, self.cross_value(memory), padding)
         x = self.norm2(x + self.dropout(attended))
-        return self.feed_forward(x)
+        return self.norm3(x + self.feed_forward(x))
 
     def join_heads(self, content, position):
         """Two [B, *, D] -> [B, *, 2D] in which each head holds its content, then its position."""
@@ -541,7 +540,7 @@ class Decoder(nn.Module):
             DecoderLayer(config, is_first=index == 0) for index in range(config.num_decoder_layers))
         self.norm = nn.LayerNorm(width)
         self.anchor_mlp = MLP(2 * width, width, width)      # sine of a whole anchor -> its position query
-        self.sine_scale = MLP(width, width, width)          # content decides which frequencies matter
+        self.position_scale = MLP(width, width, width)      # content decides which frequencies matter
         self.reference_size = MLP(width, width, 2)          # content decides how wide and high to look
 
     def forward(self, x, anchor_logits, memory, memory_position, blocked, padding, box_head):
@@ -569,7 +568,7 @@ class Decoder(nn.Module):
                              config.anchor_temperature, config.position_frequency)   # [B, Q, 2D]
         center_sine = sine[..., :config.hidden_dim]                                  # y, x  [B, Q, D]
         if not is_first:
-            center_sine = center_sine * self.sine_scale(x)
+            center_sine = center_sine * self.position_scale(x)
         # Width- and height-modulated attention (DAB-DETR Sec. 4.4): dividing by the anchor's width
         # flattens the attention along x, so that wide anchors look wide.
         looked_for = self.reference_size(x).float().sigmoid()                        # w, h  [B, Q, 2]
@@ -631,10 +630,13 @@ class DNDETR(nn.Module):
 
     @torch.no_grad()
     def start_local(self):
-        """Sine parts of query and key start equal, unscaled: attention peaks where the anchor is."""
+        """Sine parts of query and key start as one rotation, unscaled: their product is that of the
+        encodings themselves, which peaks where the anchor is."""
         for layer in self.decoder.layers:
+            nn.init.orthogonal_(layer.cross_key_position.weight, gain=2)
+            nn.init.zeros_(layer.cross_key_position.bias)
             layer.cross_query_sine.load_state_dict(layer.cross_key_position.state_dict())
-        scales = [self.decoder.sine_scale]
+        scales = [self.decoder.position_scale]
         if self.encoder.layers:
             scales.append(self.encoder.position_scale)
         for scale in scales:
@@ -716,7 +718,12 @@ class DNDETR(nn.Module):
 
     @classmethod
     def from_official(cls, checkpoint, **overrides):
-        """The authors' released weights in this model; see load_official in section 14."""
+        """A DNDETR with the authors' weights, on the CPU. Section 14.
+
+        `checkpoint`: the path of a file as they release it, its dict, or a bare state dict. What its
+        shapes can't tell comes from `overrides` (fields of DNDETRConfig), else from the file's own
+        args, else is the paper's. Raises ValueError that lists every tensor without a partner.
+        """
         return load_official(cls, checkpoint, overrides)
 
 
@@ -742,6 +749,7 @@ def concatenate_targets(targets, device):
 
 
 def check_images(images, padding_mask):
+    """Raise ValueError unless images [B, 3, H, W] and mask [B, H, W] are what DNDETR wants."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError("images must be float [B, 3, H, W], normalised as the backbone expects, "
                          f"not {images.dtype} {list(images.shape)}")
@@ -788,7 +796,7 @@ def match(logits, boxes, targets, config):
     cost, images, queries, sources = cost.numpy(), [], [], []
     offsets = [sum(counts[:index]) for index in range(len(counts))]
     for layer_cost in cost:
-        solved = [linear_sum_assignment(image_cost[:, :count]) for image_cost, count in zip(layer_cost, counts)]
+        solved = [linear_sum_assignment(image_cost[:, :n]) for image_cost, n in zip(layer_cost, counts)]
         images.append(torch.cat([torch.full((len(rows),), index) for index, (rows, _) in enumerate(solved)]))
         queries.append(torch.cat([torch.from_numpy(rows) for rows, _ in solved]))
         sources.append(torch.cat([torch.from_numpy(columns) + offset
@@ -934,69 +942,55 @@ def postprocess(outputs, image_sizes, num_select=300):
 # 14. The authors' released weights
 # ---------------------------------------------------------------------------------------------
 
-OFFICIAL_NAMES = (  # (in their file, here), applied in this order; names not listed are the same
-    (r"^backbone\.0\.body\.", "backbone."), (r"^transformer\.", ""), (r"^decoder\.bbox_embed\.", "box_head."),
-    (r"^bbox_embed\.", "box_head."), (r"^class_embed\.", "class_head."), (r"^input_proj\.", "input_projection."),
-    (r"^refpoint_embed\.", "anchors."), (r"^label_enc\.", "label_embedding."),
-    (r"^encoder\.query_scale\.", "encoder.position_scale."), (r"^decoder\.query_scale\.", "decoder.sine_scale."),
-    (r"\.ref_point_head\.", ".anchor_mlp."), (r"\.ref_anchor_head\.", ".reference_size."),
-    (r"\.self_attn\.", ".self_attention."), (r"\.cross_attn\.", ".cross_attention."),
-    (r"\.sa_qcontent_proj\.", ".self_query_content."), (r"\.sa_qpos_proj\.", ".self_query_position."),
-    (r"\.sa_kcontent_proj\.", ".self_key_content."), (r"\.sa_kpos_proj\.", ".self_key_position."),
-    (r"\.sa_v_proj\.", ".self_value."), (r"\.ca_qcontent_proj\.", ".cross_query_content."),
-    (r"\.ca_qpos_proj\.", ".cross_query_position."), (r"\.ca_qpos_sine_proj\.", ".cross_query_sine."),
-    (r"\.ca_kcontent_proj\.", ".cross_key_content."), (r"\.ca_kpos_proj\.", ".cross_key_position."),
-    (r"\.ca_v_proj\.", ".cross_value."), (r"\.(linear\d|activation)\.", r".feed_forward.\1."),
-    (r"^(encoder\.layers\.\d+)\.norm1\.", r"\1.norm."), (r"^(encoder\.layers\.\d+)\.norm2\.", r"\1.feed_forward.norm."),
-    (r"^(decoder\.layers\.\d+)\.norm3\.", r"\1.feed_forward.norm."))
-
-RESNETS = {((2, 2, 2, 2), 2): "resnet18", ((3, 4, 6, 3), 2): "resnet34",    # blocks per stage, convolutions a block
-           ((3, 4, 6, 3), 3): "resnet50", ((3, 4, 23, 3), 3): "resnet101"}
-OFFICIAL_ARGS = {"nheads": "num_heads", "dropout": "dropout", "transformer_activation": "activation",
-                 "dilation": "dilation", "scalar": "dn_groups", "label_noise_scale": "label_noise",
-                 "pe_temperatureH": "image_temperature"}
+OFFICIAL_NAMES = {  # a part of a name in their file: the same here
+    "class_embed": "class_head", "bbox_embed": "box_head", "refpoint_embed": "anchors",
+    "query_scale": "position_scale", "label_enc": "label_embedding", "input_proj": "input_projection",
+    "ref_point_head": "anchor_mlp", "ref_anchor_head": "reference_size", "self_attn": "self_attention",
+    "cross_attn": "cross_attention", "sa_qcontent_proj": "self_query_content",
+    "sa_qpos_proj": "self_query_position", "sa_v_proj": "self_value",
+    "sa_kcontent_proj": "self_key_content", "sa_kpos_proj": "self_key_position",
+    "ca_v_proj": "cross_value", "ca_qcontent_proj": "cross_query_content",
+    "ca_qpos_proj": "cross_query_position", "ca_kcontent_proj": "cross_key_content",
+    "ca_kpos_proj": "cross_key_position", "ca_qpos_sine_proj": "cross_query_sine",
+    "linear1": "feed_forward.linear1", "linear2": "feed_forward.linear2",
+    "activation": "feed_forward.activation"}
+OFFICIAL_ARGS = (("nheads", "num_heads"), ("dropout", "dropout"), ("transformer_activation", "activation"),
+                 ("dilation", "dilation"), ("scalar", "dn_groups"), ("label_noise_scale", "label_noise"),
+                 ("box_noise_scale", "center_noise"), ("box_noise_scale", "size_noise"))
+RESNETS = {((2, 2, 2, 2), 2): "resnet18", ((3, 4, 6, 3), 2): "resnet34",    # blocks of each stage,
+           ((3, 4, 6, 3), 3): "resnet50", ((3, 4, 23, 3), 3): "resnet101"}  # convolutions of a block
 
 
 def read_checkpoint(path):
-    """A checkpoint's dict, opened so that it cannot run code. Raises ValueError for a broken file."""
+    """A checkpoint's dict, opened so that it can't run code. Raises ValueError for a broken file."""
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path} can't be read as a checkpoint, it may be truncated: {error}") from error
 
 
 def load_official(model_class, checkpoint, overrides):
-    """`checkpoint`: path of a released file, its dict, or a bare state dict -> model on the CPU.
-
-    Sizes come from the tensors, the rest from `overrides`, else the file's own `args`, else the paper.
-    Raises ValueError that lists every name of the file or of the model that found no partner.
-    """
+    """See DNDETR.from_official. Sizes are read off the tensors, the rest off the file's args."""
     if isinstance(checkpoint, (str, os.PathLike)):
         checkpoint = read_checkpoint(checkpoint)
-    args = vars(checkpoint["args"]) if "args" in checkpoint else {}
-    state = {}
+    state = {}          # the box head comes twice, they keep it under two names
     for name, tensor in checkpoint.get("model", checkpoint).items():
-        name = name.removeprefix("module.")
-        for theirs, ours in OFFICIAL_NAMES:
-            name = re.sub(theirs, ours, name)
-        state[name] = tensor            # box_head comes twice, they keep it under two names
-    known = {OFFICIAL_ARGS[name]: value for name, value in args.items() if name in OFFICIAL_ARGS}
-    if "box_noise_scale" in args:
-        known["center_noise"] = known["size_noise"] = args["box_noise_scale"]
+        name = re.sub(r"^(module\.)?(transformer\.)?(decoder\.(?=bbox_embed))?", "", name)
+        parts = name.replace("backbone.0.body.", "backbone.").split(".")
+        state[".".join(OFFICIAL_NAMES.get(part, part) for part in parts)] = tensor
+    args = vars(checkpoint["args"]) if "args" in checkpoint else {}
+    chosen = {ours: args[theirs] for theirs, ours in OFFICIAL_ARGS if theirs in args}
     try:
-        model = model_class(DNDETRConfig(**(known | official_sizes(state) | overrides)))
+        model = model_class(DNDETRConfig(**(chosen | official_sizes(state) | overrides)))
     except KeyError as error:
         raise ValueError(f"this is no DN-DETR checkpoint of the authors: it lacks {error}") from error
-    wanted = model.state_dict()
-    problems = [f"only in the file: {name}" for name in state.keys() - wanted.keys()]
-    problems += [f"only in the model: {name}" for name in wanted.keys() - state.keys()]
-    problems += [f"{name} is {list(state[name].shape)} in the file, {list(wanted[name].shape)} in the model"
-                 for name in state.keys() & wanted.keys() if state[name].shape != wanted[name].shape]
+    file, wanted = ({name: list(tensor.shape) for name, tensor in tensors.items()}
+                    for tensors in (state, model.state_dict()))
+    problems = [f"{name}: {file.get(name, 'missing')} in the file, {wanted.get(name, 'missing')} in the model"
+                for name in sorted(file | wanted) if file.get(name) != wanted.get(name)]
     if problems:
-        raise ValueError("the weights do not fit the model:\n  " + "\n  ".join(sorted(problems)))
+        raise ValueError("the weights do not fit the model:\n  " + "\n  ".join(problems))
     model.load_state_dict(state)
     return model
 
@@ -1006,16 +1000,17 @@ def official_sizes(state):
     def count(pattern):
         return len({found.group() for name in state if (found := re.match(pattern, name))})
 
+    first = "decoder.layers.0.feed_forward."
     stages = tuple(count(rf"backbone\.layer{stage}\.\d+\.") for stage in (1, 2, 3, 4))
-    sizes = {"num_classes": state["class_head.weight"].shape[0], "num_queries": state["anchors.weight"].shape[0],
-             "hidden_dim": state["class_head.weight"].shape[1],
+    num_classes, hidden_dim = state["class_head.weight"].shape
+    sizes = {"num_classes": num_classes, "hidden_dim": hidden_dim,
+             "num_queries": len(state["anchors.weight"]),
+             "num_patterns": len(state.get("patterns.weight", ())),
              "num_encoder_layers": count(r"encoder\.layers\.\d+\."),
              "num_decoder_layers": count(r"decoder\.layers\.\d+\."),
-             "dim_feedforward": state["decoder.layers.0.feed_forward.linear1.weight"].shape[0],
-             "num_patterns": state["patterns.weight"].shape[0] if "patterns.weight" in state else 0,
+             "dim_feedforward": len(state[first + "linear1.weight"]),
              "backbone": RESNETS[stages, count(r"backbone\.layer1\.0\.conv\d")]}
-    slopes = "decoder.layers.0.feed_forward.activation.weight" in state
-    return sizes | ({"activation": "prelu"} if slopes else {})
+    return sizes | ({"activation": "prelu"} if first + "activation.weight" in state else {})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1029,11 +1024,13 @@ def draw_mask(mask):
 
 
 def tour():
+    """Noise, mask, shapes and a few steps on two made-up images."""
     torch.manual_seed(0)
     config = DNDETRConfig(num_classes=3, num_queries=6, hidden_dim=32, num_heads=4, num_encoder_layers=1,
                           num_decoder_layers=2, dim_feedforward=64, backbone="small", dn_groups=2)
     targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.4, 0.3, 0.2]])},
-               {"labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.4, 0.5]])}]
+               {"labels": torch.tensor([0, 2]),
+                "boxes": torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.4, 0.5]])}]
     box = targets[0]["boxes"]
     print("1. An object (cx cy w h) and five noised copies of it:")
     for name, row in [("truth", box), *(("copy", noise_boxes(box, 0.4, 0.4)) for _ in range(5))]:
