@@ -47,7 +47,6 @@ import argparse
 import dataclasses
 import math
 import os
-import pickle
 import re
 from collections import OrderedDict
 from itertools import pairwise
@@ -125,7 +124,9 @@ class DNDETRConfig:
         require(self.hidden_dim % self.num_heads == 0 and self.hidden_dim % 4 == 0,
                 f"hidden_dim {self.hidden_dim} must be divisible by num_heads {self.num_heads}, and "
                 "by 4 (sine and cosine, x and y)")
-        for name, allowed in (("activation", ACTIVATIONS), ("anchor_start", ("normal", "grid"))):
+        resnets = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+        for name, allowed in (("activation", ACTIVATIONS), ("anchor_start", ("normal", "grid")),
+                              ("backbone", resnets)):
             require(getattr(self, name) in allowed,
                     f"{name} is {getattr(self, name)!r}, choose one of {', '.join(allowed)}")
 
@@ -278,7 +279,8 @@ def assign_slots(counts, num_groups, max_queries=0, size_multiple=1, device=None
     # Index arithmetic happens on the CPU: an accelerator would have to tell us sizes, and wait.
     counts = torch.tensor(counts)
     image = torch.arange(len(counts)).repeat_interleave(counts)          # [K]  counts 1, 3 -> 0 1 1 1
-    within_image = torch.arange(len(image)) - (counts.cumsum(0) - counts)[image]     # [K]  0 0 1 2
+    first_of_image = counts.cumsum(0) - counts                                       # [B]  0 1
+    within_image = torch.arange(len(image)) - first_of_image[image]                  # [K]  0 0 1 2
     first_slot = torch.arange(num_groups)[:, None] * group_size                      # [P, 1]
     slot = (first_slot + within_image).flatten()                                     # [P*K]
     image = image.repeat(num_groups)                                                 # [P*K]
@@ -314,9 +316,9 @@ def dn_attention_mask(num_groups, group_size, num_queries, device=None):
     """
     num_denoising = num_groups * group_size
     query = torch.arange(num_denoising + num_queries, device=device)
-    # Matching queries get a number that is no denoising query's group.
-    group = torch.where(query < num_denoising, query // max(group_size, 1), num_groups)
     is_denoising = query < num_denoising
+    # Matching queries get a number that is no denoising query's group. (M is 0 in an empty batch.)
+    group = torch.where(is_denoising, query // max(group_size, 1), num_groups)
     return is_denoising[None, :] & (group[:, None] != group[None, :])                # [Q, Q]
 
 
@@ -554,9 +556,9 @@ class Decoder(nn.Module):
             outputs.append(self.norm(x))
             if index < len(self.layers) - 1:
                 refined = (box_head(x).float() + inverse_sigmoid(anchors)).sigmoid()
-                # The next layer looks from here but can't move it: each layer learns its own
-                # correction. The next layer's *prediction* does send a gradient back through
-                # `starts`, one layer far; the authors' code does, and results depend on it.
+                # Where the next layer looks is cut off from the gradient, so that each layer learns
+                # its own correction. What the next layer predicts is not: its box is this one plus
+                # an offset, and its loss reaches this layer, as in the authors' code.
                 anchors = refined.detach()
                 starts.append(refined)
         return torch.stack(outputs), torch.stack(starts)
@@ -572,7 +574,7 @@ class Decoder(nn.Module):
         # Width- and height-modulated attention (DAB-DETR Sec. 4.4): dividing by the anchor's width
         # flattens the attention along x, so that wide anchors look wide.
         looked_for = self.reference_size(x).float().sigmoid()                        # w, h  [B, Q, 2]
-        modulation = (looked_for / anchors[..., 2:]).flip(-1)                        # for y, for x
+        modulation = (looked_for / anchors[..., 2:]).flip(-1)       # h, w: the sine has y before x
         center_sine = center_sine * modulation.repeat_interleave(config.hidden_dim // 2, dim=-1)
         return self.anchor_mlp(sine), center_sine
 
@@ -610,7 +612,7 @@ class DNDETR(nn.Module):
         self.anchors = nn.Embedding(config.num_queries, 4)                           # before the sigmoid
         # One row per class for noised labels, and row C, "unknown", for the matching queries.
         # One column is left free for the indicator: 1 in a denoising query, 0 in a matching one.
-        self.label_embedding = nn.Embedding(config.num_classes + 1, width - 1)       # [DN] DAB: zeros
+        self.label_embedding = nn.Embedding(config.num_classes + 1, width - 1)                   # [DN]
         if config.num_patterns:
             self.patterns = nn.Embedding(config.num_patterns, width)
         self.reset_parameters()
@@ -649,6 +651,7 @@ class DNDETR(nn.Module):
         content, anchors = self.matching_queries(len(images))          # [B, N, D], [B, N, 4]
         slots, blocked = None, None
         if self.training and targets is not None and self.config.dn_groups:                      # [DN]
+            check_targets(targets, len(images), self.config.num_classes)                         # [DN]
             slots, dn_content, dn_anchors = self.denoising_queries(targets, images.device)       # [DN]
             blocked = self.blocked_queries(slots, content.shape[1])    # [B, 1, Q, Q]            # [DN]
             content = torch.cat([dn_content, content], dim=1)          # [B, Q, D]               # [DN]
@@ -672,7 +675,8 @@ class DNDETR(nn.Module):
         if padding_mask is None:
             padding = features.new_zeros(features[:, 0].shape, dtype=torch.bool)
         else:
-            padding = F.interpolate(padding_mask[None].float(), features.shape[-2:])[0].bool()  # nearest
+            # nearest pixel; [None] because interpolate wants channels, and the batch will do
+            padding = F.interpolate(padding_mask[None].float(), features.shape[-2:])[0].bool()
         positions = sine_encoding(pixel_coordinates(padding), self.config.hidden_dim // 2,
                                   self.config.image_temperature, self.config.position_frequency)
         positions = positions.flatten(1, 2)                                          # [B, S, D]
@@ -682,20 +686,20 @@ class DNDETR(nn.Module):
 
     def matching_queries(self, batch_size):
         """What DAB-DETR starts from, the same for every image: content [B, N, D], anchors [B, N, 4]."""
-        content = self.label_embedding.weight[self.config.num_classes]               # [D - 1]   # [DN]
-        content = F.pad(content, (0, 1), value=0.0)            # the indicator: 0    # [D]       # [DN]
+        content = self.anchors.weight.new_zeros(self.config.hidden_dim)              # [D]
+        unknown = self.label_embedding.weight[self.config.num_classes]               # [D - 1]   # [DN]
+        content = F.pad(unknown, (0, 1), value=0.0)            # the indicator: 0    # [D]       # [DN]
         content = content.expand(self.config.num_queries, -1)                        # [N, D]
         anchors = self.anchors.weight                                                # [N, 4]
         if self.config.num_patterns:
             # all anchors with the first pattern, then all with the second ...
             content = (content + self.patterns.weight[:, None]).flatten(0, 1)
             anchors = anchors.repeat(self.config.num_patterns, 1)
-        return (x.expand(batch_size, -1, -1) for x in (content, anchors))
+        return content.expand(batch_size, -1, -1), anchors.expand(batch_size, -1, -1)
 
     def denoising_queries(self, targets, device):                                                # [DN]
         """-> slots, content [B, P*M, D], anchor logits [B, P*M, 4] of the noised objects."""
         config = self.config                                                                     # [DN]
-        check_targets(targets, num_images=len(targets), num_classes=config.num_classes)          # [DN]
         labels, boxes = concatenate_targets(targets, device)           # [K], [K, 4]             # [DN]
         slots = assign_slots([len(target["labels"]) for target in targets], config.dn_groups,    # [DN]
                              config.dn_max_queries, config.dn_size_multiple, device)             # [DN]
@@ -744,8 +748,8 @@ def split_queries(x, num_denoising):                                            
 
 def concatenate_targets(targets, device):
     """-> labels [K] and boxes [K, 4] of all objects of the batch, image after image."""
-    return (torch.cat([target[name] for target in targets]).to(device, non_blocking=True)
-            for name in ("labels", "boxes"))
+    return tuple(torch.cat([target[name] for target in targets]).to(device, non_blocking=True)
+                 for name in ("labels", "boxes"))
 
 
 def check_images(images, padding_mask):
@@ -807,6 +811,7 @@ def match(logits, boxes, targets, config):
 
 def matching_cost(logits, boxes, labels, truth, config):
     """What it would cost if query n answered for object m: [L, B, N, M] from labels [B, M] (padded)."""
+    # Images with fewer objects are padded with class 0 and an empty box; `match` cuts that off.
     labels = labels[None, :, None].expand(*logits.shape[:3], -1)                     # [L, B, N, M]
     probability = logits.gather(-1, labels).sigmoid()           # only of the classes that are there
     alpha, gamma = config.focal_alpha, config.focal_gamma
@@ -824,8 +829,9 @@ def matched_objects(outputs, targets, config):
     pairs = match(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets, config)
     image, query, source = (x[0].cpu() for x in pairs)
     counts = torch.tensor([len(target["labels"]) for target in targets])
+    first_of_image = counts.cumsum(0) - counts
     matched = torch.full(outputs["pred_logits"].shape[:2], -1)
-    matched[image, query] = source - (counts.cumsum(0) - counts)[image]
+    matched[image, query] = source - first_of_image[image]
     return matched
 
 
@@ -862,7 +868,7 @@ class DNDETRCriterion(nn.Module):
     def forward(self, outputs, targets):
         logits, boxes = outputs["all_logits"], outputs["all_boxes"]
         check_targets(targets, logits.shape[1], self.config.num_classes)
-        truth = list(concatenate_targets(targets, logits.device))                    # [K], [K, 4]
+        truth = concatenate_targets(targets, logits.device)                          # [K], [K, 4]
         num_objects = len(truth[0])
         pairs = match(logits, boxes, targets, self.config)
         per_layer = self.set_loss(logits, boxes, pairs, truth, num_objects)
@@ -889,7 +895,8 @@ class DNDETRCriterion(nn.Module):
         all; a slot that is not real [B, Q] says nothing.
         """
         labels, truth_boxes = truth
-        layer = torch.arange(len(logits), device=logits.device)[:, None]             # [L, 1]
+        # [L, 1] against pairs [L, R] or, where all layers share them, [1, R]
+        layer = torch.arange(len(logits), device=logits.device)[:, None]
         wanted = torch.zeros_like(logits)
         wanted[layer, pairs.image, pairs.query, labels[pairs.source]] = 1
         focal = sigmoid_focal_loss(logits, wanted, self.config.focal_alpha, self.config.focal_gamma)
@@ -945,15 +952,14 @@ def postprocess(outputs, image_sizes, num_select=300):
 OFFICIAL_NAMES = {  # a part of a name in their file: the same here
     "class_embed": "class_head", "bbox_embed": "box_head", "refpoint_embed": "anchors",
     "query_scale": "position_scale", "label_enc": "label_embedding", "input_proj": "input_projection",
-    "ref_point_head": "anchor_mlp", "ref_anchor_head": "reference_size", "self_attn": "self_attention",
-    "cross_attn": "cross_attention", "sa_qcontent_proj": "self_query_content",
-    "sa_qpos_proj": "self_query_position", "sa_v_proj": "self_value",
-    "sa_kcontent_proj": "self_key_content", "sa_kpos_proj": "self_key_position",
-    "ca_v_proj": "cross_value", "ca_qcontent_proj": "cross_query_content",
-    "ca_qpos_proj": "cross_query_position", "ca_kcontent_proj": "cross_key_content",
-    "ca_kpos_proj": "cross_key_position", "ca_qpos_sine_proj": "cross_query_sine",
-    "linear1": "feed_forward.linear1", "linear2": "feed_forward.linear2",
-    "activation": "feed_forward.activation"}
+    "ref_point_head": "anchor_mlp", "ref_anchor_head": "reference_size",
+    "activation": "feed_forward.activation", "linear1": "feed_forward.linear1",
+    "linear2": "feed_forward.linear2", "self_attn": "self_attention", "sa_v_proj": "self_value",
+    "sa_qcontent_proj": "self_query_content", "sa_kcontent_proj": "self_key_content",
+    "sa_qpos_proj": "self_query_position", "sa_kpos_proj": "self_key_position",
+    "ca_kpos_proj": "cross_key_position", "cross_attn": "cross_attention", "ca_v_proj": "cross_value",
+    "ca_qcontent_proj": "cross_query_content", "ca_qpos_proj": "cross_query_position",
+    "ca_kcontent_proj": "cross_key_content", "ca_qpos_sine_proj": "cross_query_sine"}
 OFFICIAL_ARGS = (("nheads", "num_heads"), ("dropout", "dropout"), ("transformer_activation", "activation"),
                  ("dilation", "dilation"), ("scalar", "dn_groups"), ("label_noise_scale", "label_noise"),
                  ("box_noise_scale", "center_noise"), ("box_noise_scale", "size_noise"))
@@ -966,12 +972,12 @@ def read_checkpoint(path):
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} can't be read as a checkpoint, it may be truncated: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{path} can't be read as a checkpoint; is it truncated? {error}") from error
 
 
 def load_official(model_class, checkpoint, overrides):
-    """See DNDETR.from_official. Sizes are read off the tensors, the rest off the file's args."""
+    """Documented at DNDETR.from_official."""
     if isinstance(checkpoint, (str, os.PathLike)):
         checkpoint = read_checkpoint(checkpoint)
     state = {}          # the box head comes twice, they keep it under two names
@@ -980,7 +986,7 @@ def load_official(model_class, checkpoint, overrides):
         parts = name.replace("backbone.0.body.", "backbone.").split(".")
         state[".".join(OFFICIAL_NAMES.get(part, part) for part in parts)] = tensor
     args = vars(checkpoint["args"]) if "args" in checkpoint else {}
-    chosen = {ours: args[theirs] for theirs, ours in OFFICIAL_ARGS if theirs in args}
+    chosen = {"activation": "relu"} | {ours: args[theirs] for theirs, ours in OFFICIAL_ARGS if theirs in args}
     try:
         model = model_class(DNDETRConfig(**(chosen | official_sizes(state) | overrides)))
     except KeyError as error:
@@ -1000,17 +1006,17 @@ def official_sizes(state):
     def count(pattern):
         return len({found.group() for name in state if (found := re.match(pattern, name))})
 
-    first = "decoder.layers.0.feed_forward."
     stages = tuple(count(rf"backbone\.layer{stage}\.\d+\.") for stage in (1, 2, 3, 4))
     num_classes, hidden_dim = state["class_head.weight"].shape
     sizes = {"num_classes": num_classes, "hidden_dim": hidden_dim,
-             "num_queries": len(state["anchors.weight"]),
-             "num_patterns": len(state.get("patterns.weight", ())),
              "num_encoder_layers": count(r"encoder\.layers\.\d+\."),
              "num_decoder_layers": count(r"decoder\.layers\.\d+\."),
-             "dim_feedforward": len(state[first + "linear1.weight"]),
+             "dim_feedforward": len(state["decoder.layers.0.feed_forward.linear1.weight"]),
+             "num_queries": len(state["anchors.weight"]),
+             "num_patterns": len(state.get("patterns.weight", ())),
              "backbone": RESNETS[stages, count(r"backbone\.layer1\.0\.conv\d")]}
-    return sizes | ({"activation": "prelu"} if first + "activation.weight" in state else {})
+    has_slopes = "decoder.layers.0.feed_forward.activation.weight" in state
+    return sizes | ({"activation": "prelu"} if has_slopes else {})
 
 
 # ---------------------------------------------------------------------------------------------

@@ -154,11 +154,11 @@ def pick_device(name=None):
 # 2. Shapes: a detection data set out of nothing
 # ---------------------------------------------------------------------------------------------
 
-SHAPES = {  # inside the unit box, u to the right and v down
+SHAPES = {  # inside the unit box, u to the right and v down; the slack lets tips reach the box's border
     "circle": lambda u, v: u ** 2 + v ** 2 <= 1,
     "square": lambda u, v: np.ones_like(u + v, dtype=bool),
-    "triangle": lambda u, v: abs(u) <= (v + 1) / 2,
-    "diamond": lambda u, v: abs(u) + abs(v) <= 1,
+    "triangle": lambda u, v: abs(u) <= (v + 1) / 2 + 0.06,
+    "diamond": lambda u, v: abs(u) + abs(v) <= 1.01,
     "cross": lambda u, v: (abs(u) <= 1 / 3) | (abs(v) <= 1 / 3),
     "ring": lambda u, v: (u ** 2 + v ** 2 <= 1) & (u ** 2 + v ** 2 >= 0.3),
 }
@@ -172,7 +172,8 @@ class ShapesDataset(Dataset):
     def __init__(self, size, seed, split):
         self.categories = [{"id": index, "name": name} for index, name in enumerate(SHAPES)]
         self.label_of = {index: index for index in range(len(SHAPES))}       # category id -> label
-        self.flips = torch.zeros(size, dtype=torch.bool)
+        self.flips, self.inverted = torch.zeros(2, size, dtype=torch.bool)
+        self.channels = torch.arange(3).expand(size, 3)
         self.seed, self.is_train = seed, split == "train"
         drawn = [draw_shapes(np.random.default_rng((seed, int(self.is_train), index))) for index in range(size)]
         self.images = [torch.from_numpy(image).permute(2, 0, 1).contiguous() for image, _, _ in drawn]
@@ -183,14 +184,17 @@ class ShapesDataset(Dataset):
         return len(self.images)
 
     def set_epoch(self, epoch):
-        """Mirror other images every epoch. A generator of its own: denoising draws from the global one,
-        and runs with and without it must see the same images."""
+        """Mirror and recolor the training images anew. A generator of its own: denoising draws from the
+        global one, and runs with and without it must see the same images."""
         if self.is_train:
             generator = torch.Generator().manual_seed(self.seed * 1000 + epoch)
-            self.flips = torch.rand(len(self), generator=generator) < 0.5
+            self.flips, self.inverted = torch.rand(2, len(self), generator=generator) < 0.5
+            self.channels = torch.rand(len(self), 3, generator=generator).argsort(1)
 
     def __getitem__(self, index):
-        image, boxes = self.images[index], self.boxes[index]
+        image, boxes = self.images[index][self.channels[index]], self.boxes[index]
+        if self.inverted[index]:
+            image = 255 - image
         if self.flips[index]:
             image, boxes = image.flip(-1), boxes * torch.tensor([-1, 1, 1, 1]) + torch.tensor([1, 0, 0, 0])
         return Example(image, {"labels": self.labels[index], "boxes": boxes}, index, (SHAPE_SIZE, SHAPE_SIZE))
@@ -514,8 +518,11 @@ def load_any(path, **overrides):
     checkpoint = dn_detr.read_checkpoint(path)
     if "config" not in checkpoint:
         return DNDETR.from_official(checkpoint, **overrides), None
-    model = DNDETR(DNDETRConfig(**(checkpoint["config"] | overrides)))
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = DNDETR(DNDETRConfig(**(checkpoint["config"] | overrides)))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is of another version or configuration: {error}") from error
     return model, checkpoint["categories"]
 
 
@@ -613,7 +620,8 @@ def coco_metrics(coco, detections, image_ids, verbose=False):
         evaluator.accumulate()
     with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
         evaluator.summarize()
-    return {name: 100 * float(value) for name, value in zip(AP_NAMES, evaluator.stats)}
+    # COCO says -1 where there is nothing to measure, as of large objects on small images.
+    return {name: None if value < 0 else 100 * float(value) for name, value in zip(AP_NAMES, evaluator.stats)}
 
 
 def mean_instability(previous, current):
