@@ -172,35 +172,46 @@ def check_targets(targets, num_images, num_classes):
         raise ValueError(f"{len(targets)} targets for a batch of {num_images} images")
     for index, target in enumerate(targets):
         labels, boxes = target["labels"], target["boxes"]
-        where = f"targets[{index}]"
         if labels.dtype != torch.long or labels.ndim != 1:
-            raise ValueError(f"{where}['labels'] must be long of shape [n], "
+            raise ValueError(f"targets[{index}]['labels'] must be long of shape [n], "
                              f"not {labels.dtype} of shape {list(labels.shape)}")
         if boxes.shape != (len(labels), 4) or not boxes.is_floating_point():
-            raise ValueError(f"{where}['boxes'] must be float of shape [{len(labels)}, 4] for its "
+            raise ValueError(f"targets[{index}]['boxes'] must be float of shape [{len(labels)}, 4] for its "
                              f"{len(labels)} labels, not {boxes.dtype} of shape {list(boxes.shape)}")
-        if labels.device.type == "cpu" and ((labels < 0) | (labels >= num_classes)).any():
-            raise ValueError(f"{where} has label {labels[(labels < 0) | (labels >= num_classes)][0]}, "
-                             f"labels run from 0 to num_classes - 1 = {num_classes - 1}")
-        if boxes.device.type == "cpu":
-            check_box_values(boxes, where)
+    if all(target["boxes"].device.type == target["labels"].device.type == "cpu" for target in targets):
+        check_target_values(targets, num_classes)
 
 
-def check_box_values(boxes, where):
-    """Raise ValueError unless every box [n, 4] is a cxcywh box inside its image, of positive size."""
-    center, size = boxes[:, :2], boxes[:, 2:]
+def check_target_values(targets, num_classes):
+    """Raise ValueError unless labels are classes and boxes are cxcywh, inside their image, not empty."""
+    labels, boxes = concatenate_targets(targets, "cpu")
+    (x0, y0, x1, y1), (_, _, w, h) = box_convert(boxes, "cxcywh", "xyxy").unbind(1), boxes.unbind(1)
     slack = 1e-3  # rounding of the annotations
-    problems = (
-        (~boxes.isfinite(), "is not finite"),
-        ((boxes < -slack) | (boxes > 1 + slack),
-         "is outside [0, 1]: boxes are relative to the image; are these pixels?"),
-        (size <= 0, "has no area: drop such objects"),
-        ((center - size / 2 < -slack) | (center + size / 2 > 1 + slack),
-         "reaches out of the image: boxes are (cx, cy, w, h); is this (x0, y0, x1, y1)?"))
-    for bad, problem in problems:
-        if bad.any():
-            box = boxes[bad.any(1)][0].tolist()
-            raise ValueError(f"{where}['boxes'] holds {[round(x, 4) for x in box]}, which {problem}")
+    inside = (x0 >= -slack) & (y0 >= -slack) & (x1 <= 1 + slack) & (y1 <= 1 + slack)
+    good = inside & (w > 0) & (h > 0) & (labels >= 0) & (labels < num_classes)
+    if good.all():          # false for NaN and infinity too
+        return
+    worst = int((~good).nonzero()[0])
+    image = [index for index, target in enumerate(targets) for _ in target["labels"]][worst]
+    label, box = int(labels[worst]), boxes[worst]
+    if not 0 <= label < num_classes:
+        raise ValueError(f"targets[{image}] has label {label}, labels run from 0 to num_classes - 1 = "
+                         f"{num_classes - 1}")
+    if not box.isfinite().all():
+        problem = "is not finite"
+    elif (box < -slack).any() or (box > 1 + slack).any():
+        problem = "is outside [0, 1]: boxes are relative to the image; are these pixels?"
+    elif (box[2:] <= 0).any():
+        problem = "has no area: drop such objects"
+    else:
+        problem = "reaches out of the image: boxes are (cx, cy, w, h); is this (x0, y0, x1, y1)?"
+    raise ValueError(f"targets[{image}]['boxes'] holds {[round(x, 4) for x in box.tolist()]}, which {problem}")
+
+
+def concatenate_targets(targets, device):
+    """-> labels [K] and boxes [K, 4] of all objects of the batch, image after image."""
+    return tuple(torch.cat([target[name] for target in targets]).to(device, non_blocking=True)
+                 for name in ("labels", "boxes"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -744,12 +755,6 @@ def grid_anchors(num_queries, size=0.3):
 def split_queries(x, num_denoising):                                                             # [DN]
     """[L, B, Q, *] -> the denoising part [L, B, P*M, *] and the matching part [L, B, N, *]."""
     return x[:, :, :num_denoising], x[:, :, num_denoising:]                                      # [DN]
-
-
-def concatenate_targets(targets, device):
-    """-> labels [K] and boxes [K, 4] of all objects of the batch, image after image."""
-    return tuple(torch.cat([target[name] for target in targets]).to(device, non_blocking=True)
-                 for name in ("labels", "boxes"))
 
 
 def check_images(images, padding_mask):
