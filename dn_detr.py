@@ -37,7 +37,8 @@ released weights load (section 14) and every number agrees, so these are all:
     D3 dn_max_queries (off) lowers the number of groups in crowded batches
     D4 the denoising normaliser is averaged over processes, as the matching one is; theirs is not
     D5 backbone="small" and frozen_norm=False (off) can learn from random weights
-    D6 anchor_start, position_frequency, local_start (off): an easier start for small images
+    D6 anchor_start, anchor_temperature, position_frequency, local_start (off): an easier start for
+       small images
     D7 not here: segmentation, deformable attention, Swin backbones
 
 Lines that denoising adds to DAB-DETR outside its own sections 3-5 end in [DN]: delete them and
@@ -95,7 +96,7 @@ class DNDETRConfig:
     dn_size_multiple: int = 1       # M is rounded up to a multiple: fewer shapes for torch.compile
 
     image_temperature: float = 20.0      # of the sine encoding of pixels; DAB-DETR wants 20 for both,
-    anchor_temperature: float = 10000.0  # the authors' code has 10000 here, and so do their weights
+    anchor_temperature: float = 10000.0  # the authors' code has 10000 here, which their weights expect
     position_frequency: float = 1.0      # multiplies both encodings' angles; > 1 for coarse feature maps
     anchor_start: str = "normal"         # anchors start as N(0, 1) before the sigmoid, or on a "grid"
     local_start: bool = False            # True: cross-attention looks near the anchor from step 0

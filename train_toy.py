@@ -52,15 +52,15 @@ from dn_detr import DNDETR, DNDETRConfig, DNDETRCriterion, matched_objects, matc
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--epochs", type=int, help="default: 11 on shapes, 50 on COCO data, 16 in experiments")
-    add("--batch-size", type=int, help="images a step, over all processes; default: 8, for experiments 16")
+    add("--epochs", type=int, help="default: 11 on shapes, 50 on COCO data, 12 in experiments")
+    add("--batch-size", type=int, default=8, help="images a step, over all processes")
     add("--lr", type=float, help="default: 1e-3 for the toy model, 1e-4 for the paper's")
     add("--seed", type=int, default=0)
     add("--device", help="default: cuda, else mps, else cpu")
     add("--workers", type=int, help="data loading processes; default: 0 on shapes, 2 on COCO data")
     add("--output-dir", type=Path, help="default: runs/shapes or runs/coco")
-    add("--train-size", type=int, help="shapes: training images; default: 3200, in experiments 1600")
-    add("--val-size", type=int, default=300, help="shapes: held-out images")
+    add("--train-size", type=int, help="shapes: training images; default: 3200, in experiments 1000")
+    add("--val-size", type=int, help="shapes: held-out images; default: 300, in experiments 200")
 
     group = parser.add_argument_group("denoising (paper Sec. 4.3, 4.4)")
     group.add_argument("--dn-groups", type=int, default=5, help="P; 0 is DAB-DETR")
@@ -121,8 +121,8 @@ def parse_options(argv=None):
             setattr(options, name, [Path(path) for path in getattr(options, name)])
     coco = bool(options.coco_train or options.coco_val)
     experiment = "compare" if options.compare else "ablate" if options.ablate else None
-    fill = {"epochs": 50 if coco else 16 if experiment else 11, "batch_size": 16 if experiment else 8,
-            "train_size": 1600 if experiment else 3200, "lr": 1e-3 if options.model == "toy" else 1e-4,
+    fill = {"epochs": 50 if coco else 12 if experiment else 11,
+            "train_size": 1000 if experiment else 3200, "val_size": 200 if experiment else 300, "lr": 1e-3 if options.model == "toy" else 1e-4,
             "workers": 2 if coco else 0,
             "output_dir": Path("runs") / (experiment or ("coco" if coco else "shapes"))}
     for name, value in fill.items():
@@ -779,8 +779,8 @@ def train(options, process):
         run.load_state_dict(dn_detr.read_checkpoint(last))
     elif process.rank == 0:
         start_directory(options, run.model.config)
-    if process.count > 1 and not run.step:
-        torch.manual_seed(options.seed * 1000 + process.rank)   # every process draws noise of its own
+    if process.count > 1:       # every process draws noise of its own
+        torch.manual_seed(options.seed * 1000 + process.rank + 100_000 * run.epoch)
     parameters = sum(p.numel() for p in run.model.parameters())
     process.log(f"{len(train_set)} training and {len(val_set)} held-out images, {len(run.categories)} classes, "
                 f"{parameters / 1e6:.1f} M parameters, on {process.count} x {process.device}")
@@ -1153,6 +1153,8 @@ def main(argv=None):
                 process.log(f"curves.png, detections.png, metrics.jsonl and checkpoints are in {options.output_dir}")
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"train_toy.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ntrain_toy.py: stopped; a run goes on with --resume DIR, an experiment with the same command")
 
 
 if __name__ == "__main__":
