@@ -136,7 +136,7 @@ ACTIVATIONS = {"prelu": nn.PReLU, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. Boxes and targets
+# 2. Boxes
 # ---------------------------------------------------------------------------------------------
 
 
@@ -163,58 +163,6 @@ def generalized_iou(boxes, others, eps=1e-6):
     return intersection / (union + eps) - (hull - union) / (hull + eps)
 
 
-def check_targets(targets, num_images, num_classes):
-    """Raise ValueError for ground truth that would train nonsense. See DNDETR for the format.
-
-    Values are looked at only on the CPU: reading them from an accelerator would stall it. Targets
-    may stay on the CPU, the model moves them.
-    """
-    if len(targets) != num_images:
-        raise ValueError(f"{len(targets)} targets for a batch of {num_images} images")
-    for index, target in enumerate(targets):
-        labels, boxes = target["labels"], target["boxes"]
-        if labels.dtype != torch.long or labels.ndim != 1:
-            raise ValueError(f"targets[{index}]['labels'] must be long of shape [n], "
-                             f"not {labels.dtype} of shape {list(labels.shape)}")
-        if boxes.shape != (len(labels), 4) or not boxes.is_floating_point():
-            raise ValueError(f"targets[{index}]['boxes'] must be float of shape [{len(labels)}, 4] for its "
-                             f"{len(labels)} labels, not {boxes.dtype} of shape {list(boxes.shape)}")
-    if all(target["boxes"].device.type == target["labels"].device.type == "cpu" for target in targets):
-        check_target_values(targets, num_classes)
-
-
-def check_target_values(targets, num_classes):
-    """Raise ValueError unless labels are classes and boxes are cxcywh, inside their image, not empty."""
-    labels, boxes = concatenate_targets(targets, "cpu")
-    (x0, y0, x1, y1), (_, _, w, h) = box_convert(boxes, "cxcywh", "xyxy").unbind(1), boxes.unbind(1)
-    slack = 1e-3  # rounding of the annotations
-    inside = (x0 >= -slack) & (y0 >= -slack) & (x1 <= 1 + slack) & (y1 <= 1 + slack)
-    good = inside & (w > 0) & (h > 0) & (labels >= 0) & (labels < num_classes)
-    if good.all():          # false for NaN and infinity too
-        return
-    worst = int((~good).nonzero()[0])
-    image = [index for index, target in enumerate(targets) for _ in target["labels"]][worst]
-    label, box = int(labels[worst]), boxes[worst]
-    if not 0 <= label < num_classes:
-        raise ValueError(f"targets[{image}] has label {label}, labels run from 0 to num_classes - 1 = "
-                         f"{num_classes - 1}")
-    if not box.isfinite().all():
-        problem = "is not finite"
-    elif (box < -slack).any() or (box > 1 + slack).any():
-        problem = "is outside [0, 1]: boxes are relative to the image; are these pixels?"
-    elif (box[2:] <= 0).any():
-        problem = "has no area: drop such objects"
-    else:
-        problem = "reaches out of the image: boxes are (cx, cy, w, h); is this (x0, y0, x1, y1)?"
-    raise ValueError(f"targets[{image}]['boxes'] holds {[round(x, 4) for x in box.tolist()]}, which {problem}")
-
-
-def concatenate_targets(targets, device):
-    """-> labels [K] and boxes [K, 4] of all objects of the batch, image after image."""
-    return tuple(torch.cat([target[name] for target in targets]).to(device, non_blocking=True)
-                 for name in ("labels", "boxes"))
-
-
 # ---------------------------------------------------------------------------------------------
 # 3. Noise (Sec. 4.3): everything from here to section 5 is the paper's contribution
 # ---------------------------------------------------------------------------------------------
@@ -232,7 +180,8 @@ def noise_labels(labels, num_classes, label_noise, generator=None):
 
     The new label is drawn from all C classes, so it may be the old one again: the rate at which
     labels really change is gamma * (1 - 1/C). Never draws the "unknown" row C of the embedding.
-    Inputs are left alone. Sec. 4.3; in the authors' prepare_for_dn.
+    Inputs are left alone. Raises ValueError for a gamma outside [0, 1].
+    Sec. 4.3; in the authors' prepare_for_dn.
     """
     check_noise("label_noise", label_noise)
     redrawn = torch.rand(labels.shape, generator=generator, device=labels.device) < label_noise
@@ -244,7 +193,8 @@ def noise_boxes(boxes, center_noise, size_noise, generator=None):
     """Boxes [K, 4] (cxcywh in [0, 1]), each with its own uniform shift and scale.
 
     While lambda_1 = `center_noise` < 1 the noised centre stays inside the true box: the copy can
-    still tell which object it was. Inputs are left alone. Sec. 4.3; in the authors' prepare_for_dn.
+    still tell which object it was. Inputs are left alone. Raises ValueError for a lambda outside
+    [0, 1]. Sec. 4.3; in the authors' prepare_for_dn.
     """
     check_noise("center_noise", center_noise)
     check_noise("size_noise", size_noise)
@@ -283,8 +233,11 @@ class DenoisingSlots(NamedTuple):
 def assign_slots(counts, num_groups, max_queries=0, size_multiple=1, device=None):
     """DenoisingSlots for images that hold `counts` objects (list of int).
 
-    `max_queries` > 0 lowers P until P*M fits, but not below 1. Sec. 4.4; authors: prepare_for_dn.
+    `max_queries` > 0 lowers P until P*M fits, but not below 1. `size_multiple` rounds M up.
+    Raises ValueError for negative numbers. Sec. 4.4; authors: prepare_for_dn.
     """
+    if min(num_groups, *counts) < 0:
+        raise ValueError(f"num_groups {num_groups} and counts {list(counts)} must not be negative")
     group_size = math.ceil(max(counts) / size_multiple) * size_multiple              # M
     if max_queries and group_size:
         num_groups = max(1, min(num_groups, max_queries // group_size))              # P
@@ -324,8 +277,11 @@ def dn_attention_mask(num_groups, group_size, num_queries, device=None):
 
     Queries meet in self-attention only, so the mask is needed there and nowhere else. Eq. 7 with
     a_ij = 1 as True, which is also the meaning in torch.nn.MultiheadAttention (but the opposite of
-    scaled_dot_product_attention). Authors: prepare_for_dn.
+    scaled_dot_product_attention). Raises ValueError for negative sizes. Authors: prepare_for_dn.
     """
+    if min(num_groups, group_size, num_queries) < 0:
+        raise ValueError(f"num_groups {num_groups}, group_size {group_size} and num_queries {num_queries} "
+                         "must not be negative")
     num_denoising = num_groups * group_size
     query = torch.arange(num_denoising + num_queries, device=device)
     is_denoising = query < num_denoising
@@ -758,6 +714,12 @@ def split_queries(x, num_denoising):                                            
     return x[:, :, :num_denoising], x[:, :, num_denoising:]                                      # [DN]
 
 
+def concatenate_targets(targets, device):
+    """-> labels [K] and boxes [K, 4] of all objects of the batch, image after image."""
+    return tuple(torch.cat([target[name] for target in targets]).to(device, non_blocking=True)
+                 for name in ("labels", "boxes"))
+
+
 def check_images(images, padding_mask):
     """Raise ValueError unless images [B, 3, H, W] and mask [B, H, W] are what DNDETR wants."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
@@ -772,6 +734,54 @@ def check_images(images, padding_mask):
     if padding_mask.device.type == "cpu" and padding_mask.flatten(1).all(1).any():
         index = int(padding_mask.flatten(1).all(1).nonzero()[0])
         raise ValueError(f"padding_mask[{index}] is all padding. True means padding: is it inverted?")
+
+
+def check_targets(targets, num_images, num_classes):
+    """Raise ValueError for ground truth that would train nonsense. See DNDETR for the format.
+
+    Values are looked at only on the CPU: reading them from an accelerator would stall it. Targets
+    may stay on the CPU, the model moves them.
+    """
+    if len(targets) != num_images:
+        raise ValueError(f"{len(targets)} targets for a batch of {num_images} images")
+    for index, target in enumerate(targets):
+        labels, boxes = target["labels"], target["boxes"]
+        if labels.dtype != torch.long or labels.ndim != 1:
+            raise ValueError(f"targets[{index}]['labels'] must be long of shape [n], "
+                             f"not {labels.dtype} of shape {list(labels.shape)}")
+        if boxes.shape != (len(labels), 4) or not boxes.is_floating_point():
+            raise ValueError(f"targets[{index}]['boxes'] must be float of shape [{len(labels)}, 4] for its "
+                             f"{len(labels)} labels, not {boxes.dtype} of shape {list(boxes.shape)}")
+    if all(target["boxes"].device.type == target["labels"].device.type == "cpu" for target in targets):
+        check_target_values(targets, num_classes)
+
+
+def check_target_values(targets, num_classes):
+    """Raise ValueError unless labels are classes and boxes are cxcywh in [0, 1] with an area."""
+    labels, boxes = concatenate_targets(targets, "cpu")
+    corners = box_convert(boxes, "cxcywh", "xyxy")
+    slack = 1e-3  # rounding of the annotations
+    if (labels >= 0).all() and (labels < num_classes).all() and (boxes[:, 2:] > 0).all() and \
+            (corners >= -slack).all() and (corners <= 1 + slack).all():     # false for NaN and infinity
+        return
+    for index, (labels, boxes) in enumerate((target["labels"], target["boxes"]) for target in targets):
+        for label in labels[(labels < 0) | (labels >= num_classes)].tolist():
+            raise ValueError(f"targets[{index}] has label {label}, labels run from 0 to num_classes - 1 = "
+                             f"{num_classes - 1}")
+        corners = box_convert(boxes, "cxcywh", "xyxy")
+        sticks_out = ((corners < -slack) | (corners > 1 + slack)).any(1)
+        # In (x0, y0, x1, y1) the last two are the larger ones. A box may stick out, not look like this.
+        looks_xyxy = (boxes[:, 2:] > boxes[:, :2]).all()
+        for bad, problem in (
+                (~boxes.isfinite().all(1), "is not finite"),
+                (((boxes < -slack) | (boxes > 1 + slack)).any(1),
+                 "is outside [0, 1]: boxes are relative to the image; are these pixels?"),
+                ((boxes[:, 2:] <= 0).any(1), "has no area: drop such objects"),
+                (sticks_out & looks_xyxy, "reaches out of the image: boxes are (cx, cy, w, h); is this "
+                                          "(x0, y0, x1, y1)?")):
+            if bad.any():
+                box = [round(number, 4) for number in boxes[bad][0].tolist()]
+                raise ValueError(f"targets[{index}]['boxes'] holds {box}, which {problem}")
 
 
 # ---------------------------------------------------------------------------------------------

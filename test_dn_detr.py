@@ -298,9 +298,9 @@ GOOD = [0.5, 0.5, 0.2, 0.2]
 
 @pytest.mark.parametrize("labels, boxes, message", [
     ([1], [[0.2, 0.2, 0.9, 0.9]], r"targets\[1\].*0\.2, 0\.2, 0\.9, 0\.9.*\(x0, y0, x1, y1\)"),
-    ([1], [[0.9, 0.5, 0.4, 0.2]], r"0\.9, 0\.5, 0\.4, 0\.2.*reaches out"),
-    ([1], [[0.5, 0.9, 0.2, 0.4]], r"0\.5, 0\.9, 0\.2, 0\.4.*reaches out"),
-    ([1], [[0.1, 0.5, 0.4, 0.2]], r"0\.1, 0\.5, 0\.4, 0\.2.*reaches out"),
+    ([1], [[0.7, 0.1, 0.9, 0.2]], r"0\.7, 0\.1, 0\.9, 0\.2.*reaches out"),
+    ([1], [[0.1, 0.7, 0.2, 0.9]], r"0\.1, 0\.7, 0\.2, 0\.9.*reaches out"),
+    ([1], [[0.1, 0.1, 0.4, 0.2]], r"0\.1, 0\.1, 0\.4, 0\.2.*reaches out"),
     ([1], [[120.0, 80.0, 30.0, 20.0]], r"120\.0, 80\.0, 30\.0, 20\.0.*pixels"),
     ([1, 2], [GOOD, [-0.3, 0.5, 0.2, 0.2]], r"-0\.3, 0\.5.*outside \[0, 1\]"),
     ([1], [[0.5, float("nan"), 0.2, 0.2]], r"nan.*not finite"),
@@ -320,7 +320,8 @@ def test_impossible_targets_are_refused_by_value(labels, boxes, message):
 
 
 def test_boxes_at_the_border_and_empty_images_are_accepted():
-    boxes = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.1, 0.95, 0.2004, 0.1]])   # annotators round
+    # annotators round, and some leave boxes that stick out: these can't be (x0, y0, x1, y1)
+    boxes = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.9, 0.95, 0.4, 0.2]])
     check_targets([{"labels": torch.tensor([0, CLASSES - 1]), "boxes": boxes},
                    *random_targets(0)], 2, CLASSES)
 
