@@ -1804,8 +1804,8 @@ def test_a_run_stopped_at_any_moment_ends_as_if_never_stopped(tmp_path, monkeypa
 
 def test_a_killed_process_can_be_resumed(tmp_path):
     command = [sys.executable, str(FILE.parent / "train_toy.py")]
-    process = subprocess.Popen([*command, *TINY_RUN, "--epochs", "500", "--output-dir", str(tmp_path / "run")],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = [*TINY_RUN, "--epochs", "500", "--output-dir", str(tmp_path / "run")]
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "run/metrics.jsonl"
     deadline = time.time() + 100
     while time.time() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
@@ -1867,7 +1867,8 @@ def test_learning_rate_warms_up_and_falls_to_zero(tmp_path):
 
 
 def test_mixed_precision_stays_close_to_float32(tmp_path):
-    plain, mixed = (run_tiny(tmp_path / str(len(flags)), "--epochs", "1", *flags) for flags in ([], ["--amp"]))
+    plain, mixed = (run_tiny(tmp_path / str(len(flags)), "--epochs", "1", *flags)
+                    for flags in ([], ["--amp"]))
     assert mixed[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.03)
     assert mixed[0]["loss"] != plain[0]["loss"], "autocast changed nothing: is it on?"
 
@@ -1930,8 +1931,9 @@ def test_the_authors_file_evaluates_with_raw_category_ids(tmp_path, capsys):
     torch.save({"model": weights}, tmp_path / "official.pth")
     folder, path = write_coco(tmp_path / "data", {1: (64, 64)}, [
         {"image_id": 1, "category_id": 90, "bbox": [8, 4, 40, 20]}], categories=((18, "dog"), (90, "brush")))
-    options = train_toy.parse_options(["--evaluate", str(tmp_path / "official.pth"), "--coco-val", str(folder),
-                                       str(path), "--image-size", "64", "--device", "cpu", "--workers", "0"])
+    options = train_toy.parse_options(
+        ["--evaluate", str(tmp_path / "official.pth"), "--coco-val", str(folder), str(path),
+         "--image-size", "64", "--device", "cpu", "--workers", "0"])
     train_toy.evaluate_checkpoint(options, train_toy.Process("cpu"))
     assert "Average Precision" in capsys.readouterr().out
     dataset = train_toy.CocoDataset(folder, path, 64, False, labels_are_ids=True)
@@ -1989,7 +1991,8 @@ def test_an_unknown_device_is_refused():
 
 def test_readme_commands_can_be_parsed():
     readme = (FILE.parent / "README.md").read_text()
-    commands = re.findall(r"train_toy\.py((?: [^\n`#&|\\]+|\\\n)*)", "\n".join(re.findall(r"```.*?```", readme, re.S)))
+    blocks = "\n".join(re.findall(r"```.*?```", readme, re.S))
+    commands = re.findall(r"train_toy\.py((?: [^\n`#&|\\]+|\\\n)*)", blocks)
     assert len(commands) >= 5
     for command in commands:
         train_toy.build_parser().parse_args(shlex.split(command.replace("\\\n", " ").replace("...", "")))
@@ -2082,4 +2085,5 @@ def test_notebook_outputs_are_stored_without_errors():
 def test_notebook_runs_from_top_to_bottom(monkeypatch):
     monkeypatch.setenv("DN_DETR_FAST", "1")
     notebook = nbformat.read(FILE.parent / "walkthrough.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FILE.parent)}}).execute()
+    where = {"metadata": {"path": str(FILE.parent)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=where).execute()

@@ -50,16 +50,17 @@ from dn_detr import DNDETR, DNDETRConfig, DNDETRCriterion, matched_objects, matc
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--epochs", type=int, help="default: 11 on shapes, 50 on COCO data, 12 in experiments")
-    add("--batch-size", type=int, default=8, help="images a step, over all processes")
+    add("--batch-size", type=int, help="images a step, over all processes; default: 8, in experiments 16")
     add("--lr", type=float, help="default: 1e-3 for the toy model, 1e-4 for the paper's")
     add("--seed", type=int, default=0)
     add("--device", help="default: cuda, else mps, else cpu")
     add("--workers", type=int, help="data loading processes; default: 0 on shapes, 2 on COCO data")
     add("--output-dir", type=Path, help="default: runs/shapes or runs/coco")
-    add("--train-size", type=int, help="shapes: training images; default: 3200, in experiments 1000")
+    add("--train-size", type=int, help="shapes: training images; default: 3200, in experiments 1600")
     add("--val-size", type=int, help="shapes: held-out images; default: 300, in experiments 200")
 
     group = parser.add_argument_group("denoising (paper Sec. 4.3, 4.4)")
@@ -67,16 +68,16 @@ def build_parser():
     group.add_argument("--label-noise", type=float, default=0.2, help="gamma")
     group.add_argument("--center-noise", type=float, default=0.4, help="lambda_1")
     group.add_argument("--size-noise", type=float, default=0.4, help="lambda_2")
-    group.add_argument("--dn-max-queries", type=int, default=0, help="at most this many denoising queries; 0: no limit")
+    group.add_argument("--dn-max-queries", type=int, default=0, help="at most this many; 0: no limit")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=("toy", "paper"), default="toy", help="sizes: minutes on a CPU, or the R50")
+    group.add_argument("--model", choices=("toy", "paper"), default="toy", help="for minutes, or the R50")
     group.add_argument("--backbone", help='"small" (learns from scratch) or a torchvision ResNet')
     group.add_argument("--pretrained-backbone", action="store_true", help="ImageNet weights (downloaded)")
     group.add_argument("--num-queries", type=int)
     group.add_argument("--anchors", choices=("grid", "normal"), help="where the learned anchors start")
     group.add_argument("--encoder-layers", type=int)
-    group.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from ours or the authors' weights")
+    group.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from ours or the authors' file")
 
     group = parser.add_argument_group("data in COCO format")
     group.add_argument("--coco-train", type=Path, nargs=2, metavar=("IMAGES_DIR", "ANNOTATIONS_JSON"))
@@ -95,7 +96,7 @@ def build_parser():
     group.add_argument("--ablate", action="store_true", help="noise kinds, mask, groups")
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="for --compare and --ablate")
     group.add_argument("--jobs", type=int, help="their runs at a time; default: one a CPU core, one on a GPU")
-    group.add_argument("--no-mask", action="store_true", help="for --ablate: let matching queries read the answers")
+    group.add_argument("--no-mask", action="store_true", help="for --ablate: nobody is blocked")
     return parser
 
 
@@ -109,8 +110,9 @@ def parse_options(argv=None):
     if options.resume:
         said = {name for name, value in vars(options).items() if value != parser.get_default(name)}
         if said - set(KEPT_ON_RESUME):
-            raise ValueError(f"--resume takes its options from {options.resume}: drop "
-                             f"{', '.join('--' + name.replace('_', '-') for name in said - set(KEPT_ON_RESUME))}")
+            superfluous = ["--" + name.replace("_", "-") for name in sorted(said - set(KEPT_ON_RESUME))]
+            raise ValueError(f"--resume takes its options from {options.resume}: "
+                             f"drop {', '.join(superfluous)}")
         saved = read_json(options.resume / "config.json")["options"]
         for name, value in saved.items():
             if name not in said:
@@ -121,9 +123,9 @@ def parse_options(argv=None):
             setattr(options, name, [Path(path) for path in getattr(options, name)])
     coco = bool(options.coco_train or options.coco_val)
     experiment = "compare" if options.compare else "ablate" if options.ablate else None
-    fill = {"epochs": 50 if coco else 12 if experiment else 11,
-            "train_size": 1000 if experiment else 3200, "val_size": 200 if experiment else 300, "lr": 1e-3 if options.model == "toy" else 1e-4,
-            "workers": 2 if coco else 0,
+    fill = {"epochs": 50 if coco else 12 if experiment else 11, "batch_size": 16 if experiment else 8,
+            "train_size": 1600 if experiment else 3200, "val_size": 200 if experiment else 300,
+            "lr": 1e-3 if options.model == "toy" else 1e-4, "workers": 2 if coco else 0,
             "output_dir": Path("runs") / (experiment or ("coco" if coco else "shapes"))}
     for name, value in fill.items():
         if getattr(options, name) is None:
@@ -175,10 +177,11 @@ class ShapesDataset(Dataset):
         self.flips, self.inverted = torch.zeros(2, size, dtype=torch.bool)
         self.channels = torch.arange(3).expand(size, 3)
         self.seed, self.is_train = seed, split == "train"
-        drawn = [draw_shapes(np.random.default_rng((seed, int(self.is_train), index))) for index in range(size)]
+        drawn = [draw_shapes(np.random.default_rng((seed, int(self.is_train), index)))
+                 for index in range(size)]
         self.images = [torch.from_numpy(image).permute(2, 0, 1).contiguous() for image, _, _ in drawn]
         self.labels = [torch.tensor(labels, dtype=torch.long) for _, labels, _ in drawn]
-        self.boxes = [torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) for _, _, boxes in drawn]  # cxcywh
+        self.boxes = [torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) for _, _, boxes in drawn]
 
     def __len__(self):
         return len(self.images)
@@ -294,7 +297,8 @@ class CocoDataset(CocoDetection):
         self.label_of = {id: id if labels_are_ids else rank for rank, id in enumerate(ids)}
         missing = [name for id in self.ids if not (Path(folder) / (name := self.file_name(id))).is_file()]
         if missing:
-            raise ValueError(f"{len(missing)} of {len(self.ids)} images are not in {folder}, first {missing[0]}")
+            raise ValueError(f"{len(missing)} of {len(self.ids)} images are not in {folder}, the first is "
+                             f"{missing[0]}")
         self.objects = self.clean_objects(annotation_file)
         self.transform = coco_transform(image_size, is_train)
 
@@ -336,14 +340,16 @@ class CocoDataset(CocoDetection):
         try:
             image = v2.functional.to_image(self._load_image(image_id))
         except OSError as error:
-            raise ValueError(f"image {Path(self.root) / self.file_name(image_id)} can't be read: {error}") from error
+            path = Path(self.root) / self.file_name(image_id)
+            raise ValueError(f"image {path} can't be read: {error}") from error
         size = tuple(image.shape[-2:])
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
         image, target = self.transform(image, {"boxes": boxes, "labels": labels})
         height, width = image.shape[-2:]
         boxes = box_convert(target["boxes"].as_subclass(Tensor), "xyxy", "cxcywh")
         boxes = (boxes / torch.tensor([width, height, width, height])).reshape(-1, 4)
-        return Example(image.as_subclass(Tensor), {"labels": target["labels"], "boxes": boxes}, image_id, size)
+        target = {"labels": target["labels"], "boxes": boxes}
+        return Example(image.as_subclass(Tensor), target, image_id, size)
 
     def ground_truth(self):
         return self.coco
@@ -507,8 +513,9 @@ def load_imagenet(model, log=print):
     try:
         state = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=True)
     except OSError as error:
-        raise ValueError(f"the ImageNet weights of {name} can't be downloaded ({error}). Go online once, or put "
-                         f"the file into {torch.hub.get_dir()}/checkpoints, or drop --pretrained-backbone") from error
+        raise ValueError(f"the ImageNet weights of {name} can't be downloaded ({error}). Go online once, put "
+                         f"the file into {torch.hub.get_dir()}/checkpoints, or do without "
+                         "--pretrained-backbone") from error
     state = {key: value for key, value in state.items() if key in model.backbone.state_dict()}
     model.backbone.load_state_dict(state)
     log(f"backbone: {name} with ImageNet weights")
@@ -583,8 +590,8 @@ def evaluate(model, dataset, options, process, verbose=False):
         with autocast(options, process.device):
             outputs = model(*batch.on(process.device))
         for image_id, result in zip(batch.image_ids, postprocess(outputs, batch.original_sizes)):
-            boxes = box_convert(result["boxes"], "xyxy", "xywh")
-            for box, score, label in zip(boxes.tolist(), result["scores"].tolist(), result["labels"].tolist()):
+            result["boxes"] = box_convert(result["boxes"], "xyxy", "xywh")
+            for box, score, label in zip(*(result[name].tolist() for name in ("boxes", "scores", "labels"))):
                 if label in category_of:
                     detections.append({"image_id": image_id, "category_id": category_of[label],
                                        "bbox": box, "score": score})
@@ -643,8 +650,8 @@ def evaluate_checkpoint(options, process):
         dataset = CocoDataset(*options.coco_val, options.image_size, False, options.subset,
                               labels_are_ids=categories is None)
         if categories is not None and [c["id"] for c in categories] != list(dataset.label_of):
-            raise ValueError(f"{options.evaluate} was trained on categories {[c['name'] for c in categories]}, "
-                             f"the data has {[c['name'] for c in dataset.categories]}")
+            theirs, ours = ([c["name"] for c in x] for x in (categories, dataset.categories))
+            raise ValueError(f"{options.evaluate} was trained on categories {theirs}, the data has {ours}")
     else:
         dataset = ShapesDataset(options.val_size, options.seed, "val")
         if categories != dataset.categories:
@@ -703,8 +710,8 @@ class LossLog:
         (values, step, image_ids), self.pending = self.pending, None
         if not values.isfinite().all():
             bad = [name for name, ok in zip(self.names, values.isfinite()) if not ok]
-            raise FloatingPointError(f"step {step}, images {image_ids}: {', '.join(bad)} not finite. The last "
-                                     "good checkpoint is last.pt; try a lower --lr")
+            raise FloatingPointError(f"step {step}, images {image_ids}: {', '.join(bad)} not finite. The "
+                                     "last good checkpoint is last.pt; try a lower --lr")
         self.sums, self.count, self.latest = self.sums + values.double(), self.count + 1, float(values[0])
 
     def mean(self):
@@ -727,14 +734,17 @@ def amp_dtype(device):
 class Run:
     """All that training changes, and what a checkpoint must therefore hold."""
 
+    STATEFUL = ("model", "optimizer", "schedule", "scaler")
+    PLAIN = ("epoch", "step", "seconds", "history", "matching")
+
     def __init__(self, options, process, train_set):
         self.options, self.process = options, process
-        self.steps_per_epoch = math.ceil(len(train_set) / options.batch_size)
         self.categories = [{"id": c["id"], "name": c["name"]} for c in train_set.categories]
         self.model = build_model(options, len(self.categories), process.log).to(process.device)
         self.model.backbone.to(memory_format=MEMORY_FORMAT)
         self.criterion = DNDETRCriterion(self.model.config)
-        self.optimizer, self.schedule = build_optimizer(self.model, options, self.steps_per_epoch * options.epochs)
+        num_steps = math.ceil(len(train_set) / options.batch_size) * options.epochs
+        self.optimizer, self.schedule = build_optimizer(self.model, options, num_steps)
         needs_scaler = options.amp and amp_dtype(process.device) == torch.float16
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=needs_scaler)
         self.epoch, self.step, self.seconds = 0, 0, 0.0
@@ -745,9 +755,8 @@ class Run:
         self.parallel_model = process.parallel(self.model)
 
     def state_dict(self):
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule", "scaler")}
-        numbers = {name: getattr(self, name) for name in ("epoch", "step", "seconds", "history", "matching",
-                                                          "categories")}
+        parts = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
+        numbers = {name: getattr(self, name) for name in (*self.PLAIN, "categories")}
         cuda = torch.cuda.get_rng_state() if self.process.device.type == "cuda" else None
         return parts | numbers | {"config": dataclasses.asdict(self.model.config),
                                   "random": torch.get_rng_state(), "random_cuda": cuda}
@@ -758,9 +767,9 @@ class Run:
         if other:
             raise ValueError("the checkpoint has another configuration: " + ", ".join(
                 f"{name} {state['config'].get(name)}, not {ours[name]}" for name in other))
-        for name in ("model", "optimizer", "schedule", "scaler"):
+        for name in self.STATEFUL:
             getattr(self, name).load_state_dict(state[name])
-        for name in ("epoch", "step", "seconds", "history", "matching"):
+        for name in self.PLAIN:
             setattr(self, name, state[name])
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None and self.process.device.type == "cuda":
@@ -782,8 +791,8 @@ def train(options, process):
     if process.count > 1:       # every process draws noise of its own
         torch.manual_seed(options.seed * 1000 + process.rank + 100_000 * run.epoch)
     parameters = sum(p.numel() for p in run.model.parameters())
-    process.log(f"{len(train_set)} training and {len(val_set)} held-out images, {len(run.categories)} classes, "
-                f"{parameters / 1e6:.1f} M parameters, on {process.count} x {process.device}")
+    process.log(f"{len(train_set)} training and {len(val_set)} held-out images, {len(run.categories)} "
+                f"classes, {parameters / 1e6:.1f} M parameters, on {process.count} x {process.device}")
     pictures_at = time.time()
     for epoch in range(run.epoch, options.epochs):
         started = time.time()
@@ -801,11 +810,12 @@ def train(options, process):
 
 def record(run, losses, metrics, distance, matching):
     """One epoch is over: one line on the screen, one in metrics.jsonl, a checkpoint."""
-    weight = run.criterion.weights
-    split = {kind: sum(weight[name.removeprefix("dn_").rstrip("_0123456789")] * value
-                       for name, value in losses.items() if name != "loss" and name.startswith("dn_") == is_dn)
-             for kind, is_dn in (("matching", False), ("denoising", True))}
-    row = {"epoch": run.epoch, "step": run.step} | losses | {f"loss_{kind}": value for kind, value in split.items()}
+    weights = run.criterion.weights
+    denoising = sum(weights[name.removeprefix("dn_").rstrip("_0123456789")] * value
+                    for name, value in losses.items() if name.startswith("dn_"))
+    matching_loss = losses["loss"] - denoising
+    row = {"epoch": run.epoch, "step": run.step} | losses
+    row |= {"loss_matching": matching_loss, "loss_denoising": denoising}
     row |= metrics | {"instability": mean_instability(run.matching, matching), "anchor_distance": distance,
                       "lr": run.optimizer.param_groups[-1]["lr"], "seconds": run.seconds}
     run.matching = matching
@@ -818,7 +828,7 @@ def record(run, losses, metrics, distance, matching):
     left = run.seconds / run.epoch * (run.options.epochs - run.epoch)
     instability = "-" if row["instability"] is None else f"{row['instability']:.2f}"
     tqdm.write(f"epoch {run.epoch:2}/{run.options.epochs}  loss {losses['loss']:5.2f} (matching "
-               f"{split['matching']:5.2f}, denoising {split['denoising']:5.2f})  AP {row['AP']:4.1f}  AP50 "
+               f"{matching_loss:5.2f}, denoising {denoising:5.2f})  AP {row['AP']:4.1f}  AP50 "
                f"{row['AP50']:4.1f}  IS {instability}  {run.seconds:.0f} s, {left:.0f} s left")
 
 
@@ -834,12 +844,16 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
+def save_figure(figure, path):
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
 def start_directory(options, config):
     """Claim --output-dir. Raises ValueError rather than overwrite another run."""
     path = options.output_dir / "config.json"
     if path.exists() and not options.resume:
-        raise ValueError(f"{options.output_dir} holds another run: go on with --resume {options.output_dir}, or "
-                         "choose another --output-dir")
+        raise ValueError(f"{options.output_dir} holds another run: go on with --resume {options.output_dir}, "
+                         "or choose another --output-dir")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     saved = {name: value for name, value in vars(options).items() if name not in KEPT_ON_RESUME}
     text = json.dumps({"options": saved, "model": dataclasses.asdict(config)}, indent=1, default=str)
@@ -864,10 +878,10 @@ def pyplot():
 
 
 def draw_pictures(run, val_set):
-    directory = run.options.output_dir
-    write_atomically(directory / "curves.png", lambda path: draw_curves(run.history).savefig(path, format="png"))
-    write_atomically(directory / "detections.png", lambda path: draw_detections(
-        run.model, val_set, run.process.device).savefig(path, format="png"))
+    """curves.png and detections.png of a run."""
+    folder = run.options.output_dir
+    save_figure(draw_curves(run.history), folder / "curves.png")
+    save_figure(draw_detections(run.model, val_set, run.process.device), folder / "detections.png")
     pyplot().close("all")
 
 
@@ -895,7 +909,8 @@ def draw_detections(model, dataset, device, columns=6, threshold=0.4):
     model.eval()
     category_names = {dataset.label_of[category["id"]]: category["name"] for category in dataset.categories}
     filled = [index for index in range(len(dataset)) if len(dataset[index].target["labels"])][:columns]
-    figure, axes = plt.subplots(2, len(filled), figsize=(2.2 * len(filled), 4.7), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(2, len(filled), figsize=(2.2 * len(filled), 4.7), layout="constrained",
+                                squeeze=False)
     for column, index in enumerate(filled):
         batch = collate([dataset[index]])
         height, width = batch.images.shape[-2:]
@@ -919,8 +934,9 @@ def draw_boxes(axis, labels, names, boxes, scores):
     from matplotlib.patches import Rectangle
     for index, (label, name, (x0, y0, x1, y1)) in enumerate(zip(labels, names, boxes)):
         color = COLORS[label % len(COLORS)]
-        axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color="white", linewidth=2.4))
-        axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=color, linewidth=1.4))
+        for line, width in (("white", 2.4), (color, 1.4)):
+            axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=line,
+                                     linewidth=width))
         text = name + ("" if scores is None else f" {scores[index]:.2f}")
         axis.text(x0, y0 - 1, text, fontsize=5, color="white", va="bottom", clip_on=True,
                   bbox={"facecolor": color, "edgecolor": "none", "pad": 0.6})
@@ -996,8 +1012,8 @@ ABLATED = {  # name: flags, AP on COCO in the paper (R50, Tables 4 and 5; none: 
 
 
 def run_all(flags_by_name, options):
-    """Train every (name, seed), several at a time, each in a directory of its own below --output-dir; finished
-    ones are kept, stopped ones go on. -> {name: [history of each seed]}, and draws one progress bar."""
+    """Train every (name, seed), several at a time, each in a directory of its own below --output-dir;
+    finished ones are kept, stopped ones go on. One progress bar. -> {name: [history of each seed]}."""
     device = pick_device(options.device)
     jobs = options.jobs or (os.cpu_count() if device.type == "cpu" else 1)
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
@@ -1007,7 +1023,8 @@ def run_all(flags_by_name, options):
     for seed in options.seeds:
         for name, flags in flags_by_name.items():
             directory = options.output_dir / f"{name.replace(', ', '-').replace(' ', '-')}-seed-{seed}"
-            flags = [*flags, *sizes, "--seed", str(seed), "--output-dir", str(directory), "--device", str(device)]
+            flags = [*flags, *sizes, "--seed", str(seed), "--output-dir", str(directory),
+                     "--device", str(device)]
             directories[name, seed] = directory
             if len(read_history(directory)) < options.epochs:
                 waiting.append((directory, flags))
@@ -1015,7 +1032,8 @@ def run_all(flags_by_name, options):
     options.output_dir.mkdir(parents=True, exist_ok=True)
     running = {}
     try:
-        with tqdm(total=len(directories) * options.epochs, desc=f"{len(directories)} runs", unit="epoch") as progress:
+        total = len(directories) * options.epochs
+        with tqdm(total=total, desc=f"{len(directories)} runs", unit="epoch") as progress:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     directory, flags = waiting.pop(0)
@@ -1050,14 +1068,13 @@ def check_same_options(directory, flags):
         wanted = vars(parse_options(flags))
         other = [name for name in saved if json.dumps(saved[name]) != json.dumps(wanted[name], default=str)]
         if other:
-            raise ValueError(f"{directory} holds a run with other {', '.join(other)}: remove it or choose another "
-                             "--output-dir")
+            raise ValueError(f"{directory} holds a run with other {', '.join(other)}: remove it or choose "
+                             "another --output-dir")
 
 
 def column(histories, name):
     """Array [seeds, epochs] of one number of the histories, nan where there is none."""
-    return np.array([[np.nan if row[name] is None else row[name] for row in history] for history in histories],
-                    dtype=float)
+    return np.array([[row[name] for row in history] for history in histories], dtype=float)  # None -> nan
 
 
 def mean_and_spread(values):
@@ -1065,7 +1082,7 @@ def mean_and_spread(values):
 
 
 def reach(histories, goal):
-    """Mean over the seeds of (epochs, steps, seconds) until AP is at least `goal`; None if a seed never is."""
+    """Mean over the seeds of (epochs, steps, seconds) until AP is at least `goal`; None if one never is."""
     first = [next((row for row in history if row["AP"] >= goal), None) for history in histories]
     if None in first:
         return None
@@ -1104,23 +1121,26 @@ def compare(options):
         print(f"| {name} | " + " | ".join(cells) + " |")
     write_results(options, results, {"reached": reached})
     path = options.output_dir / "compare.png"
-    write_atomically(path, lambda temporary: draw_comparison(results).savefig(temporary, format="png"))
+    save_figure(draw_comparison(results), path)
     print(f"figure: {path}, numbers: {options.output_dir / 'results.json'}")
 
 
 def draw_comparison(results):
-    """AP, IS and anchor distance over the epochs; lines are means over the seeds, bands from least to most."""
+    """AP, IS and anchor distance over the epochs: means over the seeds, bands from least to most."""
     kinds = list(dict.fromkeys(name.split(", ")[0] for name in results))
-    figure, axes = pyplot().subplots(len(kinds), 3, figsize=(11, 2.9 * len(kinds)), layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(len(kinds), 3, figsize=(11, 2.9 * len(kinds)), layout="constrained",
+                                     squeeze=False)
+    panels = (("AP", "AP on held-out images, %"), ("instability", "instability IS"),
+              ("anchor_distance", "distance of anchor and object"))
     for row, kind in zip(axes, kinds):
-        for axis, (key, label) in zip(row, (("AP", "AP on held-out images, %"), ("instability", "instability IS"),
-                                            ("anchor_distance", "distance of anchor and object"))):
+        for axis, (key, label) in zip(row, panels):
             for arm, color in (("denoising", COLORS[0]), ("without", COLORS[1])):
                 values = column(results[f"{kind}, {arm}"], key)
                 epochs = np.array([row["epoch"] for row in results[f"{kind}, {arm}"][0]])
                 known = ~np.isnan(values).any(0)
                 axis.plot(epochs[known], values.mean(0)[known], "o-", color=color, markersize=3, label=arm)
-                axis.fill_between(epochs[known], values.min(0)[known], values.max(0)[known], color=color, alpha=0.2)
+                axis.fill_between(epochs[known], values.min(0)[known], values.max(0)[known], color=color,
+                                  alpha=0.2)
             axis.set(xlabel="epoch", ylabel=label, title=kind, ylim=(0, None))
     axes[0, 0].legend(frameon=False)
     return figure
@@ -1128,7 +1148,8 @@ def draw_comparison(results):
 
 def ablate(options):
     """--ablate: the paper's Tables 4 and 5 on shapes, with the paper's random anchors."""
-    results = run_all({name: ["--anchors", "normal", *flags] for name, (flags, _) in ABLATED.items()}, options)
+    flags_by_name = {name: ["--anchors", "normal", *flags] for name, (flags, _) in ABLATED.items()}
+    results = run_all(flags_by_name, options)
     print("| | AP | AP50 | seconds | the paper's AP on COCO |\n|---|---|---|---|---|")
     for name, histories in results.items():
         paper = ABLATED[name][1]
@@ -1150,11 +1171,12 @@ def main(argv=None):
                 evaluate_checkpoint(options, process)
             else:
                 train(options, process)
-                process.log(f"curves.png, detections.png, metrics.jsonl and checkpoints are in {options.output_dir}")
+                process.log("curves.png, detections.png, metrics.jsonl and checkpoints are in "
+                            f"{options.output_dir}")
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"train_toy.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ntrain_toy.py: stopped; a run goes on with --resume DIR, an experiment with the same command")
+        sys.exit("\ntrain_toy.py: stopped; a run goes on with --resume DIR, an experiment with its command")
 
 
 if __name__ == "__main__":
