@@ -1901,7 +1901,7 @@ def test_compiled_shapes_do_not_change_with_every_batch():
     torch._dynamo.reset()
     config = tiny_config(dn_size_multiple=8)
     model, criterion = DNDETR(config), DNDETRCriterion(config)
-    model.decoder.compile(backend=count)
+    model.decoder.compile(backend=count, dynamic=False)
     for count in (1, 5, 3, 8, 2, 7, 4, 6):
         targets = random_targets(count, 1)
         criterion(model(torch.randn(2, 3, 32, 32), targets=targets), targets)["loss"].backward()
@@ -1945,7 +1945,12 @@ def test_own_checkpoints_evaluate_and_start_other_classes(tmp_path, capsys):
 
 
 def test_the_authors_file_evaluates_with_raw_category_ids(tmp_path, capsys):
+    # zeros but for this: every query finds a brush, exactly where it is
     weights = blank_weights(encoder=1, decoder=2, queries=10, feed_forward=32)
+    weights["class_embed.bias"] = torch.full((91,), -5.0)
+    weights["class_embed.bias"][[0, 1, 90]] = torch.tensor([-9.0, -9.0, 5.0])
+    box = torch.tensor([28.0, 14.0, 40.0, 20.0]) / 64
+    weights["refpoint_embed.weight"] = inverse_sigmoid(box).repeat(10, 1)
     torch.save({"model": weights}, tmp_path / "official.pth")
     folder, path = write_coco(tmp_path / "data", {1: (64, 64)}, [
         {"image_id": 1, "category_id": 90, "bbox": [8, 4, 40, 20]}], categories=((18, "dog"), (90, "brush")))
@@ -1953,9 +1958,7 @@ def test_the_authors_file_evaluates_with_raw_category_ids(tmp_path, capsys):
         ["--evaluate", str(tmp_path / "official.pth"), "--coco-val", str(folder), str(path),
          "--image-size", "64", "--device", "cpu", "--workers", "0"])
     train_toy.evaluate_checkpoint(options, train_toy.Process("cpu"))
-    assert "Average Precision" in capsys.readouterr().out
-    dataset = train_toy.CocoDataset(folder, path, 64, False, labels_are_ids=True)
-    assert dataset[0].target["labels"].tolist() == [90]
+    assert capsys.readouterr().out.splitlines()[0].endswith("1.000")
 
 
 def test_broken_and_foreign_checkpoints_are_refused(tmp_path):

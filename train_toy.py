@@ -53,7 +53,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--epochs", type=int, help="default: 10 on shapes, 50 on COCO data, 12 in experiments")
+    add("--epochs", type=int, help="default: 8 on shapes, 50 on COCO data, 12 in experiments")
     add("--batch-size", type=int, help="images a step, over all processes; default: 8, in experiments 16")
     add("--lr", type=float, help="default: 1e-3 for the toy model, 1e-4 for the paper's")
     add("--seed", type=int, default=0)
@@ -123,7 +123,7 @@ def parse_options(argv=None):
             setattr(options, name, [Path(path) for path in getattr(options, name)])
     coco = bool(options.coco_train or options.coco_val)
     experiment = "compare" if options.compare else "ablate" if options.ablate else None
-    fill = {"epochs": 50 if coco else 12 if experiment else 10, "batch_size": 16 if experiment else 8,
+    fill = {"epochs": 50 if coco else 12 if experiment else 8, "batch_size": 16 if experiment else 8,
             "train_size": 1600 if experiment else 3200, "val_size": 200 if experiment else 300,
             "lr": 1e-3 if options.model == "toy" else 1e-4, "workers": 2 if coco else 0,
             "output_dir": Path("runs") / (experiment or ("coco" if coco else "shapes"))}
@@ -224,7 +224,7 @@ def draw_shapes(rng):
     image, background = draw_background(rng, u, v)
     kind = rng.random()
     count = 0 if kind < 0.05 else rng.integers(9, 13) if kind < 0.1 else rng.integers(1, 9)
-    smallest, largest = (16, 36) if count <= 4 else (14, 28) if count <= 8 else (11, 17)
+    smallest, largest = (18, 40) if count <= 4 else (15, 30) if count <= 8 else (12, 18)
     corners, labels = [], []
     for _ in range(20 * count):                     # a shape that overlaps too much gets another chance
         if len(labels) == count:
