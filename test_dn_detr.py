@@ -1576,9 +1576,7 @@ def test_everything_public_is_documented_and_docstrings_are_clean():
 
 
 @pytest.fixture(autouse=True)
-def quiet_and_restored(monkeypatch):
-    """The ablation replaces the mask for the whole process; no test may leave that behind."""
-    monkeypatch.setattr(dn_detr, "dn_attention_mask", dn_detr.dn_attention_mask)
+def no_progress_bars(monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
 
 
@@ -2047,9 +2045,13 @@ def test_reaching_the_baseline_is_the_first_epoch_that_does():
     assert train_toy.reach([history], 61) is None
 
 
-def test_without_the_mask_nobody_is_blocked(tmp_path):
-    train_toy.build_model(tiny_options(tmp_path, "--no-mask"), 6)
-    assert not dn_detr.dn_attention_mask(2, 3, 4).any()
+def test_without_the_mask_only_empty_slots_are_hidden(tmp_path):
+    slots = assign_slots([1, 3], num_groups=2)
+    masked, leaking = (train_toy.build_model(tiny_options(tmp_path, *flags), 6).blocked_queries(slots, 2)
+                       for flags in ([], ["--no-mask"]))
+    assert (masked[1, 0] == dn_attention_mask(2, 3, 2)).all()
+    is_empty = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 0], [0] * 8]).bool()
+    assert torch.equal(leaking.expand(2, 1, 8, 8)[:, 0], is_empty[:, None].expand(2, 8, 8))
 
 
 # --- several processes -------------------------------------------------------------------------
