@@ -29,7 +29,7 @@ Shapes, the same letters everywhere:
     boxes are (cx, cy, w, h) in [0, 1] relative to their image; masks are True where blocked
 
 What differs from the authors' code (github.com/IDEA-Research/DN-DETR, model dn_dab_detr). Their
-released weights load (section 14) and every number agrees, so these are all:
+released weights load (section 14), and on the same weights every number agrees, so this is all:
 
     D1 an empty slot (an image with fewer objects than M) is seen by nobody. In the authors' code
        it can be attended to, and an image's loss depends on the other images of its batch
@@ -558,7 +558,7 @@ class DNDETR(nn.Module):
 
     targets: one dict per image, {"labels": long [n] in 0..C-1, "boxes": float [n, 4] cxcywh in
     [0, 1]}; n may be 0; they may stay on the CPU. Denoising runs exactly when targets are given, the
-    model is in training mode and dn_groups > 0.
+    model is in training mode (which also makes live batch norm use batch statistics) and dn_groups > 0.
 
     Returns pred_logits [B, N, C] and pred_boxes [B, N, 4] (cxcywh in [0, 1]) of the last layer's
     matching queries, all_logits and all_boxes [L, B, N, ...] of every layer; with denoising also
