@@ -37,8 +37,8 @@ released weights load (section 14), and on the same weights every number agrees,
     D3 dn_max_queries (off) lowers the number of groups in crowded batches
     D4 the denoising normaliser is averaged over processes, as the matching one is; theirs is not
     D5 backbone="small" and frozen_norm=False (off) can learn from random weights
-    D6 anchor_start, anchor_temperature, position_frequency, local_start (off): an easier start for
-       small images
+    D6 anchor_start, anchor_temperature, position_frequency, cell_centers, local_start (off): an
+       easier start for small images
     D7 not here: segmentation, deformable attention, Swin backbones
 
 Lines that denoising adds to DAB-DETR outside its own sections 3-5 end in [DN]: delete them and
@@ -98,6 +98,7 @@ class DNDETRConfig:
     image_temperature: float = 20.0      # of the sine encoding of pixels; DAB-DETR wants 20 for both,
     anchor_temperature: float = 10000.0  # the authors' code has 10000 here, which their weights expect
     position_frequency: float = 1.0      # multiplies both encodings' angles; > 1 for coarse feature maps
+    cell_centers: bool = False           # True: a feature cell is where its centre is, not its far corner
     anchor_start: str = "normal"         # anchors start as N(0, 1) before the sigmoid, or on a "grid"
     local_start: bool = False            # True: cross-attention looks near the anchor from step 0
 
@@ -302,14 +303,16 @@ def sine_encoding(coordinates, width, temperature, frequency=1.0):
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
 
 
-def pixel_coordinates(padding):
+def pixel_coordinates(padding, cell_centers=False):
     """Padding [B, H, W] (True = padding) -> (y, x) of every cell in (0, 1], [B, H, W, 2].
 
     Counts valid cells only, so that 1 is the image's own last row and column, whatever the padding.
+    The authors take a cell's far corner; on an 8x8 map its centre is a sixteenth of the image away.
     """
     valid = (~padding).float()
     y, x = valid.cumsum(1), valid.cumsum(2)
-    return torch.stack([y / (y[:, -1:, :] + 1e-6), x / (x[:, :, -1:] + 1e-6)], dim=-1)
+    shift = 0.5 if cell_centers else 0.0
+    return torch.stack([(y - shift) / (y[:, -1:, :] + 1e-6), (x - shift) / (x[:, :, -1:] + 1e-6)], dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -645,8 +648,9 @@ class DNDETR(nn.Module):
         else:
             # nearest pixel; [None] because interpolate wants channels, and the batch will do
             padding = F.interpolate(padding_mask[None].float(), features.shape[-2:])[0].bool()
-        positions = sine_encoding(pixel_coordinates(padding), self.config.hidden_dim // 2,
-                                  self.config.image_temperature, self.config.position_frequency)
+        config = self.config
+        positions = sine_encoding(pixel_coordinates(padding, config.cell_centers), config.hidden_dim // 2,
+                                  config.image_temperature, config.position_frequency)
         positions = positions.flatten(1, 2)                                          # [B, S, D]
         padding = None if padding_mask is None else padding.flatten(1)               # [B, S]
         memory = self.encoder(features.flatten(2).transpose(1, 2), positions, padding)

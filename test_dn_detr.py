@@ -593,6 +593,9 @@ def test_pixel_coordinates_end_at_the_border_of_the_image_not_of_the_padding():
     yx = pixel_coordinates(padding)[0]
     assert_close(yx[:2, :2, 0], torch.tensor([[0.5, 0.5], [1.0, 1.0]]), rtol=0, atol=1e-5)
     assert_close(yx[:2, :2, 1], torch.tensor([[0.5, 1.0], [0.5, 1.0]]), rtol=0, atol=1e-5)
+    centers = pixel_coordinates(padding, cell_centers=True)[0]
+    assert_close(centers[:2, :2, 0], torch.tensor([[0.25, 0.25], [0.75, 0.75]]), rtol=0, atol=1e-5)
+    assert_close(centers[:2, :2, 1], torch.tensor([[0.25, 0.75], [0.25, 0.75]]), rtol=0, atol=1e-5)
 
 
 def test_padding_does_not_change_what_is_found():

@@ -474,7 +474,7 @@ def train_loader(dataset, options, process, epoch):
 
 TOY = dict(num_queries=25, hidden_dim=64, num_heads=4, num_encoder_layers=0, num_decoder_layers=3,
            dim_feedforward=256, backbone="small", anchor_temperature=20.0, position_frequency=4.0,
-           local_start=True, anchor_start="grid")
+           cell_centers=True, local_start=True, anchor_start="grid")
 TOY_COCO = TOY | dict(num_queries=100, hidden_dim=128, num_encoder_layers=1, dim_feedforward=512,
                       small_widths=(32, 64, 128, 256))
 
@@ -909,7 +909,7 @@ def draw_curves(history):
 
 
 @torch.no_grad()
-def draw_detections(model, dataset, device, columns=6, threshold=0.4):
+def draw_detections(model, dataset, device, columns=6, threshold=0.3):
     """Truth above, predictions below, for held-out images that hold something."""
     plt = pyplot()
     model.eval()
