@@ -1011,8 +1011,7 @@ def load_official(model_class, checkpoint, overrides):
         model = model_class(DNDETRConfig(**(chosen | official_sizes(state) | overrides)))
     except KeyError as error:
         raise ValueError(f"this is no DN-DETR checkpoint of the authors: it lacks {error}") from error
-    file, wanted = ({name: list(tensor.shape) for name, tensor in tensors.items()}
-                    for tensors in (state, model.state_dict()))
+    file, wanted = ({k: list(v.shape) for k, v in x.items()} for x in (state, model.state_dict()))
     problems = [f"{name}: {file.get(name, 'missing')} in the file, {wanted.get(name, 'missing')} in the model"
                 for name in sorted(file | wanted) if file.get(name) != wanted.get(name)]
     if problems:
@@ -1027,8 +1026,7 @@ def official_sizes(state):
         return len({found.group() for name in state if (found := re.match(pattern, name))})
 
     stages = tuple(count(rf"backbone\.layer{stage}\.\d+\.") for stage in (1, 2, 3, 4))
-    num_classes, hidden_dim = state["class_head.weight"].shape
-    sizes = {"num_classes": num_classes, "hidden_dim": hidden_dim,
+    sizes = {"num_classes": len(state["class_head.weight"]), "hidden_dim": len(state["decoder.norm.bias"]),
              "num_encoder_layers": count(r"encoder\.layers\.\d+\."),
              "num_decoder_layers": count(r"decoder\.layers\.\d+\."),
              "dim_feedforward": len(state["decoder.layers.0.feed_forward.linear1.weight"]),

@@ -1788,6 +1788,10 @@ def test_a_run_leaves_its_metrics_configuration_checkpoints_and_pictures(tmp_pat
         assert name in rows[1]
     assert rows[0]["instability"] is None and rows[1]["instability"] >= 0
     assert rows[1]["loss"] == pytest.approx(rows[1]["loss_matching"] + rows[1]["loss_denoising"], rel=1e-4)
+    weights = {"ce": 1, "bbox": 5, "giou": 2}
+    denoising = sum(weight * rows[1][name] for kind, weight in weights.items()
+                    for name in rows[1] if name.startswith(f"dn_loss_{kind}"))
+    assert rows[1]["loss_denoising"] == pytest.approx(denoising, rel=1e-4)
     for name in ("config.json", "last.pt", "best.pt", "curves.png", "detections.png"):
         assert (tmp_path / "run" / name).stat().st_size > 500
     with pytest.raises(ValueError, match="holds another run"):
