@@ -364,7 +364,7 @@ def small_backbone(widths):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them: MLP(D, D, 4) has two."""
+    """Linear layers with ReLU between them: MLP(D, D, 4) has two, [..., D] -> [..., 4]."""
 
     def __init__(self, *sizes):
         super().__init__()
@@ -377,7 +377,7 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The second half of every layer: each token by itself."""
+    """The second half of every layer, each token by itself: [B, *, D] -> [B, *, D]."""
 
     def __init__(self, config):
         super().__init__()
@@ -603,8 +603,8 @@ class DNDETR(nn.Module):
 
     @torch.no_grad()
     def start_local(self):
-        """Sine parts of query and key start as one rotation, unscaled: their product is that of the
-        encodings themselves, which peaks where the anchor is."""
+        """Sine parts of query and key start as one rotation (times 2: a sharper peak) and their scales
+        as 1, so that their product is that of the encodings themselves: largest at the anchor."""
         for layer in self.decoder.layers:
             nn.init.orthogonal_(layer.cross_key_position.weight, gain=2)
             nn.init.zeros_(layer.cross_key_position.bias)
