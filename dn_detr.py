@@ -131,6 +131,8 @@ class DNDETRConfig:
                               ("backbone", resnets)):
             require(getattr(self, name) in allowed,
                     f"{name} is {getattr(self, name)!r}, choose one of {', '.join(allowed)}")
+        require(not (self.dilation and self.backbone in ("small", "resnet18", "resnet34")),
+                f"dilation (DC5) needs resnet50 or a larger ResNet, not {self.backbone!r}")
 
 
 ACTIVATIONS = {"prelu": nn.PReLU, "relu": nn.ReLU, "gelu": nn.GELU}

@@ -214,7 +214,8 @@ def assert_uniform(values, low, high):
     (dict(hidden_dim=32, num_heads=5), "hidden_dim 32 must be divisible by num_heads 5"),
     (dict(hidden_dim=6, num_heads=3), "hidden_dim 6 must be divisible .* by 4"),
     (dict(activation="swish"), "activation is 'swish', choose one of prelu, relu, gelu"),
-    (dict(anchor_start="circle"), "anchor_start is 'circle', choose one of normal, grid")])
+    (dict(anchor_start="circle"), "anchor_start is 'circle', choose one of normal, grid"),
+    (dict(backbone="resnet34", dilation=True), "needs resnet50 or a larger ResNet, not 'resnet34'")])
 def test_impossible_configurations_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         DNDETRConfig(**options)
@@ -2000,7 +2001,10 @@ def test_pretrained_weights_offline_give_a_clear_error(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--epochs", "0"], "--epochs is 0"), (["--lr", "-1"], "--lr is -1"),
+    (["--epochs", "0"], "--epochs is 0"), (["--lr", "-1"], "--lr is -1"), (["--lr", "nan"], "--lr is nan"),
+    (["--workers", "-1"], "--workers is -1, it must not be negative"),
+    (["--compare", "--dn-groups", "3"], "--compare chooses its runs itself: drop --dn-groups"),
+    (["--ablate", "--coco-train", "a", "b"], "--ablate chooses its runs itself: drop --coco-train"),
     (["--coco-train", "a", "b"], "needs --coco-val"), (["--coco-val", "a", "b"], "needs --coco-train"),
     (["--resume", "nowhere"], "nowhere.config.json does not exist"),
     (["--resume", "nowhere", "--lr", "1"], "drop --lr")])

@@ -54,7 +54,7 @@ def build_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--epochs", type=int, help="default: 6 on shapes, 50 on COCO data, 12 in experiments")
-    add("--batch-size", type=int, help="images a step, over all processes; default: 8, in experiments 16")
+    add("--batch-size", type=int, help="images a step, over all processes; default: 8")
     add("--lr", type=float, help="default: 1e-3 for the toy model, 1e-4 for the paper's")
     add("--seed", type=int, default=0)
     add("--device", help="default: cuda, else mps, else cpu")
@@ -100,19 +100,19 @@ def build_parser():
     return parser
 
 
-KEPT_ON_RESUME = ("resume", "device", "workers")  # what may be said anew when a run goes on
+KEPT_ON_RESUME = {"resume", "device", "workers"}  # what may be said anew when a run goes on
+OF_EXPERIMENTS = {"compare", "ablate", "seeds", "jobs", "epochs", "batch_size", "lr", "train_size", "val_size",
+                  "output_dir", "device"}
 
 
 def parse_options(argv=None):
     """Options with their defaults filled in. Raises ValueError for combinations that make no sense."""
     parser = build_parser()
     options = parser.parse_args(argv)
+    said = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    experiment = "compare" if options.compare else "ablate" if options.ablate else None
     if options.resume:
-        said = {name for name, value in vars(options).items() if value != parser.get_default(name)}
-        if said - set(KEPT_ON_RESUME):
-            superfluous = ["--" + name.replace("_", "-") for name in sorted(said - set(KEPT_ON_RESUME))]
-            raise ValueError(f"--resume takes its options from {options.resume}: "
-                             f"drop {', '.join(superfluous)}")
+        refuse(said - KEPT_ON_RESUME, f"--resume takes its options from {options.resume}")
         saved = read_json(options.resume / "config.json")["options"]
         for name, value in saved.items():
             if name not in said:
@@ -122,8 +122,9 @@ def parse_options(argv=None):
         if getattr(options, name):
             setattr(options, name, [Path(path) for path in getattr(options, name)])
     coco = bool(options.coco_train or options.coco_val)
-    experiment = "compare" if options.compare else "ablate" if options.ablate else None
-    fill = {"epochs": 50 if coco else 12 if experiment else 6, "batch_size": 16 if experiment else 8,
+    if experiment:
+        refuse(said - OF_EXPERIMENTS, f"--{experiment} chooses its runs itself")
+    fill = {"epochs": 50 if coco else 12 if experiment else 6, "batch_size": 8,
             "train_size": 1600 if experiment else 4800, "val_size": 200 if experiment else 300,
             "lr": 1e-3 if options.model == "toy" else 1e-4, "workers": 2 if coco else 0,
             "output_dir": Path("runs") / (experiment or ("coco" if coco else "shapes"))}
@@ -135,9 +136,17 @@ def parse_options(argv=None):
     if options.coco_val and not (options.coco_train or options.evaluate):
         raise ValueError("--coco-val needs --coco-train to train, or --evaluate CHECKPOINT")
     for name in ("epochs", "batch_size", "train_size", "val_size", "image_size", "lr", "subset", "jobs"):
-        if getattr(options, name) is not None and getattr(options, name) <= 0:
+        if getattr(options, name) is not None and not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, it must be positive")
+    if options.workers < 0:
+        raise ValueError(f"--workers is {options.workers}, it must not be negative")
     return options
+
+
+def refuse(names, reason):
+    """Raise ValueError if there are any `names` of options that would be ignored."""
+    if names:
+        raise ValueError(f"{reason}: drop {', '.join('--' + name.replace('_', '-') for name in sorted(names))}")
 
 
 def pick_device(name=None):
