@@ -101,8 +101,8 @@ def build_parser():
 
 
 KEPT_ON_RESUME = {"resume", "device", "workers"}  # what may be said anew when a run goes on
-OF_EXPERIMENTS = {"compare", "ablate", "seeds", "jobs", "epochs", "batch_size", "lr", "train_size", "val_size",
-                  "output_dir", "device"}
+OF_EXPERIMENTS = {"compare", "ablate", "seeds", "jobs", "epochs", "batch_size", "lr", "train_size",
+                  "val_size", "output_dir", "device"}
 
 
 def parse_options(argv=None):
@@ -146,7 +146,8 @@ def parse_options(argv=None):
 def refuse(names, reason):
     """Raise ValueError if there are any `names` of options that would be ignored."""
     if names:
-        raise ValueError(f"{reason}: drop {', '.join('--' + name.replace('_', '-') for name in sorted(names))}")
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+        raise ValueError(f"{reason}: drop {flags}")
 
 
 def pick_device(name=None):
