@@ -2038,7 +2038,10 @@ def test_experiments_finish_once_and_are_not_run_again(tmp_path, monkeypatch, ca
     flags = ["--compare", "--seeds", "0", "--epochs", "2", "--train-size", "8", "--val-size", "4",
              "--output-dir", str(tmp_path), "--device", "cpu"]
     train_toy.main(flags)
-    assert "| random anchors, without |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "random anchors, with / without denoising: mean ± standard deviation of 1 seeds" in shown
+    assert "| - / - |" in shown.split("| 1 |")[1].splitlines()[0]          # IS needs two epochs
+    assert "- / -" not in shown.split("| 2 |")[1] and "without: " in shown.split("is reached")[1]
     data = json.loads((tmp_path / "results.json").read_text())
     assert len(data["runs"]["random anchors, denoising"][0]) == 2
     assert data["runs"]["random anchors, without"][0][0]["loss_denoising"] == 0
@@ -2054,6 +2057,12 @@ def test_reaching_the_baseline_is_the_first_epoch_that_does():
                for epoch, ap in enumerate((5, 30, 40, 60), 1)]
     assert train_toy.reach([history, history], 30) == [2, 20, 4]
     assert train_toy.reach([history], 61) is None
+
+
+def test_mean_and_spread_over_seeds_by_hand():
+    histories = [[{"AP": 10.0, "IS": None}], [{"AP": 14.0, "IS": 1.0}]]
+    assert train_toy.mean_and_spread(train_toy.column(histories, "AP")[:, 0]) == "12.0 ± 2.0"
+    assert train_toy.mean_and_spread(train_toy.column(histories, "IS")[:, 0]) == "-"
 
 
 def test_without_the_mask_only_empty_slots_are_hidden(tmp_path):

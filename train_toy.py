@@ -1093,8 +1093,8 @@ def column(histories, name):
     return np.array([[row[name] for row in history] for history in histories], dtype=float)  # None -> nan
 
 
-def mean_and_spread(values):
-    return f"{np.mean(values):.1f} ± {np.std(values):.1f}"
+def mean_and_spread(values, digits=1):
+    return "-" if np.isnan(values).any() else f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
 
 def reach(histories, goal):
@@ -1120,25 +1120,25 @@ def write_results(options, results, extra):
 
 def compare(options):
     """--compare: what denoising changes, with the paper's random anchors and with anchors on a grid."""
-    results = run_all(COMPARED, options)
-    shown = sorted({math.ceil(options.epochs * part) for part in (0.25, 0.5, 0.75, 1)})
-    print("| | " + " | ".join(f"AP epoch {epoch}" for epoch in shown)
-          + " | AP50 | IS, mean over epochs | anchor distance | epochs, steps, seconds to baseline's AP |")
-    print("|---|" + "---|" * (len(shown) + 4))
-    reached = {}
-    for name, histories in results.items():
-        goal = column(results[name.split(",")[0] + ", without"], "AP")[:, -1].mean()
-        reached[name] = reach(histories, goal)
-        ap, instability = column(histories, "AP"), column(histories, "instability")
-        cells = [mean_and_spread(ap[:, epoch - 1]) for epoch in shown]
-        cells += [mean_and_spread(column(histories, "AP50")[:, -1]), f"{np.nanmean(instability):.2f}",
-                  f"{column(histories, 'anchor_distance')[:, -1].mean():.3f}",
-                  "not reached" if reached[name] is None else "{:.1f}, {:.0f}, {:.0f}".format(*reached[name])]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    results, reached = run_all(COMPARED, options), {}
+    for kind in dict.fromkeys(name.split(", ")[0] for name in results):
+        arms = [f"{kind}, denoising", f"{kind}, without"]
+        print(f"\n{kind}, with / without denoising: mean ± standard deviation of {len(options.seeds)} seeds"
+              "\n\n| epoch | AP | AP50 | IS | anchor distance |\n|---|---|---|---|---|")
+        for epoch in range(options.epochs):
+            cells = [" / ".join(mean_and_spread(column(results[arm], key)[:, epoch], digits) for arm in arms)
+                     for key, digits in (("AP", 1), ("AP50", 1), ("instability", 2), ("anchor_distance", 3))]
+            print(f"| {epoch + 1} | " + " | ".join(cells) + " |")
+        goal = column(results[arms[1]], "AP")[:, -1].mean()
+        print(f"\nAP {goal:.1f}, the mean at the end without denoising, is reached")
+        for arm in arms:
+            reached[arm] = reach(results[arm], goal)
+            print(f"  {arm}: " + ("not by every seed" if reached[arm] is None else
+                                  "after {:.1f} epochs, {:.0f} steps, {:.0f} s".format(*reached[arm])))
     write_results(options, results, {"reached": reached})
     path = options.output_dir / "compare.png"
     save_figure(draw_comparison(results), path)
-    print(f"figure: {path}, numbers: {options.output_dir / 'results.json'}")
+    print(f"\nfigure: {path}, numbers: {options.output_dir / 'results.json'}")
 
 
 def draw_comparison(results):
