@@ -15,7 +15,7 @@ One training step:
     noisy       = P copies of every object: boxes jittered, some labels redrawn     sections 3, 4
     queries     = noisy copies + N learned anchors                      denoising first, Q = P*M + N
     mask        = learned anchors may not see the copies (they hold the answer),       section 5
-                  one copy may not see another (together they would give it away)
+                  nor one group another (averaged, copies of one object give it away)
     boxes, logits = decoder(queries, image, mask)           every layer refines boxes  sections 6-10
     pairs_match = Hungarian(predictions of the N anchors, objects)         searched      section 11
     pairs_dn    = copy k of object k                                       known         section 4
@@ -28,21 +28,22 @@ Shapes, the same letters everywhere:
     D hidden width   S image tokens               C classes            L decoder layers
     boxes are (cx, cy, w, h) in [0, 1] relative to their image; masks are True where blocked
 
-What differs from the authors' code (github.com/IDEA-Research/DN-DETR, model dn_dab_detr). Their
-released weights load (section 14), and on the same weights every number agrees, so this is all:
+What differs from the authors' code (github.com/IDEA-Research/DN-DETR, model dn_dab_detr). Files as
+their code saves them load (section 14), and on the same weights outputs, losses and gradients
+agree (test_dn_detr.py), so this is all:
 
     D1 an empty slot (an image with fewer objects than M) is seen by nobody. In the authors' code
        it can be attended to, and an image's loss depends on the other images of its batch
     D2 centre and size noise have a knob each, lambda_1 and lambda_2; they share one, the paper has two
     D3 dn_max_queries (off) lowers the number of groups in crowded batches
     D4 the denoising normaliser is averaged over processes, as the matching one is; theirs is not
-    D5 backbone="small" and frozen_norm=False (off) can learn from random weights
+    D5 backbone="small" or frozen_norm=False (not the defaults) can learn from random weights
     D6 anchor_start, anchor_temperature, position_frequency, cell_centers, local_start (off): an
        easier start for small images
     D7 not here: segmentation, deformable attention, Swin backbones
 
 Lines that denoising adds to DAB-DETR outside its own sections 3-5 end in [DN]: delete them and
-DAB-DETR is left. Ten minutes? Read sections 3 to 5: they are the paper.
+what runs is DAB-DETR. Ten minutes? Read sections 3 to 5: they are the paper.
 """
 import argparse
 import dataclasses
@@ -50,7 +51,7 @@ import math
 import os
 import re
 from collections import OrderedDict
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,9 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 # ---------------------------------------------------------------------------------------------
 # 1. Configuration
 # ---------------------------------------------------------------------------------------------
+
+
+ACTIVATIONS = {"prelu": nn.PReLU, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,19 +127,23 @@ class DNDETRConfig:
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must not be negative")
         for name in ("label_noise", "center_noise", "size_noise"):
             check_noise(name, getattr(self, name))
+        for name in ("image_temperature", "anchor_temperature", "position_frequency"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be positive")
+        require(0 <= self.dropout < 1, f"dropout is {self.dropout}, it must be in [0, 1)")
+        require(self.small_widths, "small_widths is empty, it needs a width for each stage")
         require(self.hidden_dim % self.num_heads == 0 and self.hidden_dim % 4 == 0,
                 f"hidden_dim {self.hidden_dim} must be divisible by num_heads {self.num_heads}, and "
                 "by 4 (sine and cosine, x and y)")
-        resnets = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+        backbones = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
         for name, allowed in (("activation", ACTIVATIONS), ("anchor_start", ("normal", "grid")),
-                              ("backbone", resnets)):
+                              ("backbone", backbones)):
             require(getattr(self, name) in allowed,
                     f"{name} is {getattr(self, name)!r}, choose one of {', '.join(allowed)}")
         require(not (self.dilation and self.backbone in ("small", "resnet18", "resnet34")),
                 f"dilation (DC5) needs resnet50 or a larger ResNet, not {self.backbone!r}")
-
-
-ACTIVATIONS = {"prelu": nn.PReLU, "relu": nn.ReLU, "gelu": nn.GELU}
+        require(not self.local_start or self.anchor_temperature == self.image_temperature,
+                f"local_start compares anchors with pixels: anchor_temperature {self.anchor_temperature} "
+                f"must be image_temperature {self.image_temperature}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -144,7 +152,8 @@ ACTIVATIONS = {"prelu": nn.PReLU, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
 def inverse_sigmoid(x, eps=1e-3):
-    """Logit of x in [0, 1]. A box is refined by adding to its logits, so it can't leave the image.
+    """Logit of x in [0, 1]. A box is refined by adding to its logits, so that its centre stays in the
+    image and its sides between 0 and 1.
 
     eps keeps the logit within +-6.9 and is part of the trained model: the weights expect 1e-3.
     """
@@ -153,9 +162,10 @@ def inverse_sigmoid(x, eps=1e-3):
 
 
 def generalized_iou(boxes, others, eps=1e-6):
-    """Generalised IoU in (-1, 1] of cxcywh boxes, element by element with broadcasting.
+    """Generalised IoU in (-1, 1] of cxcywh boxes [..., 4] and [..., 4] -> [...], with broadcasting.
 
-    torchvision's is pairwise or has another eps; on a 5-pixel box that eps is more than rounding.
+    torchvision's is pairwise, or has an eps of 1e-7. The authors' 1e-6 is more than rounding on a box
+    of 5 pixels, and numbers should agree with theirs.
     """
     ax0, ay0, ax1, ay1 = box_convert(boxes, "cxcywh", "xyxy").unbind(-1)
     bx0, by0, bx1, by1 = box_convert(others, "cxcywh", "xyxy").unbind(-1)
@@ -193,7 +203,8 @@ def noise_labels(labels, num_classes, label_noise, generator=None):
 
 
 def noise_boxes(boxes, center_noise, size_noise, generator=None):
-    """Boxes [K, 4] (cxcywh in [0, 1]), each with its own uniform shift and scale.
+    """Boxes [K, 4] (cxcywh in [0, 1]), each with its own uniform shift and scale, clamped to [0, 1] as
+    cx, cy, w, h: a corner may leave the image, as in the authors' code.
 
     While lambda_1 = `center_noise` < 1 the noised centre stays inside the true box: the copy can
     still tell which object it was. Inputs are left alone. Raises ValueError for a lambda outside
@@ -237,13 +248,14 @@ def assign_slots(counts, num_groups, max_queries=0, size_multiple=1, device=None
     """DenoisingSlots for images that hold `counts` objects (list of int).
 
     `max_queries` > 0 lowers P until P*M fits, but not below 1. `size_multiple` rounds M up.
-    Raises ValueError for negative numbers. Sec. 4.4; authors: prepare_for_dn.
+    Raises ValueError for negative numbers or no images. Sec. 4.4; authors: prepare_for_dn.
     """
-    if min(num_groups, *counts) < 0:
-        raise ValueError(f"num_groups {num_groups} and counts {list(counts)} must not be negative")
+    if not counts or min(num_groups, max_queries, *counts) < 0 or size_multiple < 1:
+        raise ValueError(f"num_groups {num_groups}, max_queries {max_queries} and counts {list(counts)} must "
+                         f"not be negative, counts not empty, size_multiple {size_multiple} at least 1")
     group_size = math.ceil(max(counts) / size_multiple) * size_multiple              # M
     if max_queries and group_size:
-        num_groups = max(1, min(num_groups, max_queries // group_size))              # P
+        num_groups = min(num_groups, max(1, max_queries // group_size))              # P
     # Index arithmetic happens on the CPU: an accelerator would have to tell us sizes, and wait.
     counts = torch.tensor(counts)
     image = torch.arange(len(counts)).repeat_interleave(counts)          # [K]  counts 1, 3 -> 0 1 1 1
@@ -299,14 +311,16 @@ def dn_attention_mask(num_groups, group_size, num_queries, device=None):
 
 
 def sine_encoding(coordinates, width, temperature, frequency=1.0):
-    """[..., n] numbers in [0, 1] -> [..., n * width], sines and cosines interleaved."""
+    """[..., n] numbers in [0, 1] -> [..., n * width], sines and cosines interleaved.
+    Authors: gen_sineembed_for_position."""
     exponent = torch.arange(0, width, 2, dtype=torch.float32, device=coordinates.device) / width
     angle = coordinates[..., None] * (2 * math.pi * frequency) / temperature ** exponent
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
 
 
 def pixel_coordinates(padding, cell_centers=False):
-    """Padding [B, H, W] (True = padding) -> (y, x) of every cell in (0, 1], [B, H, W, 2].
+    """Padding [B, H, W] (True = padding) -> (y, x) of every cell in (0, 1], [B, H, W, 2]; meaningless
+    where padded, which nobody looks at. Authors: position_encoding.py.
 
     Counts valid cells only, so that 1 is the image's own last row and column, whatever the padding.
     The authors take a cell's far corner; on an 8x8 map its centre is a sixteenth of the image away.
@@ -323,9 +337,8 @@ def pixel_coordinates(padding, cell_centers=False):
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm with fixed statistics and weights, in place: the convolution before it does not
-    need its own output for the backward pass, so nothing has to be kept. As torchvision.ops'
-    FrozenBatchNorm2d otherwise."""
+    """torchvision.ops.FrozenBatchNorm2d, [B, C, H, W] -> the same, that works in place and in its
+    input's dtype: under autocast theirs turns bfloat16 into float32, for twice the memory."""
 
     def __init__(self, num_features, eps=1e-5):
         super().__init__()
@@ -340,7 +353,8 @@ class FrozenBatchNorm(nn.Module):
 
 
 def build_backbone(config):
-    """Image [B, 3, H, W] -> features [B, channels, H/stride, W/stride]; returns (module, channels)."""
+    """Image [B, 3, H, W] -> features [B, channels, H/stride, W/stride]; returns (module, channels), with
+    random weights: pretrained ones are loaded by the caller."""
     if config.backbone == "small":
         return small_backbone(config.small_widths), config.small_widths[-1]
     norm = FrozenBatchNorm if config.frozen_norm else nn.BatchNorm2d
@@ -348,7 +362,7 @@ def build_backbone(config):
                         replace_stride_with_dilation=[False, False, config.dilation])
     channels = network.fc.in_features
     if config.frozen_norm:
-        # Its weights are ImageNet's; their first stages are good as they are (as in DETR).
+        # Frozen statistics promise pretrained weights, whose first stages are good as they are (DETR).
         for stage in (network.conv1, network.layer1):
             stage.requires_grad_(False)
     stages = OrderedDict(network.named_children())
@@ -370,7 +384,7 @@ class MLP(nn.Module):
 
     def __init__(self, *sizes):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
+        self.layers = nn.ModuleList(nn.Linear(*ends) for ends in pairwise(sizes))
 
     def forward(self, x):
         for layer in self.layers[:-1]:
@@ -393,7 +407,8 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Image tokens attend to each other; positions go into queries and keys, not into values."""
+    """Image tokens attend to each other; positions go into queries and keys, not into values.
+    x and positions [B, S, D], padding bool [B, S] or None -> [B, S, D]."""
 
     def __init__(self, config):
         super().__init__()
@@ -477,7 +492,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x, query_position, query_sine, memory, memory_position, blocked, padding):
         """x, query_position, query_sine [B, Q, D]; memory, memory_position [B, S, D];
         blocked [B, 1, Q, Q] or None: who may not see whom; padding [B, 1, 1, S] or None."""
-        # Self-attention: the only place where queries meet, hence the only one that needs the mask.
+        # Self-attention, masked (section 5).
         query = self.self_query_content(x) + self.self_query_position(query_position)
         key = self.self_key_content(x) + self.self_key_position(query_position)
         x = self.norm1(x + self.dropout(self.self_attention(query, key, self.self_value(x), blocked)))
@@ -519,8 +534,9 @@ class Decoder(nn.Module):
         self.reference_size = MLP(width, width, 2)          # content decides how wide and high to look
 
     def forward(self, x, anchor_logits, memory, memory_position, blocked, padding, box_head):
-        """x [B, Q, D], anchor_logits [B, Q, 4] -> normed outputs [L, B, Q, D] and, for each layer, the
-        anchors it started from [L, B, Q, 4] (cxcywh in [0, 1])."""
+        """x [B, Q, D], anchor_logits [B, Q, 4], memory, memory_position, blocked and padding as in
+        DecoderLayer -> normed outputs [L, B, Q, D] and, for each layer, the anchors it started from
+        [L, B, Q, 4] (cxcywh in [0, 1])."""
         anchors = anchor_logits.float().sigmoid()
         outputs, starts = [], [anchors]
         for index, layer in enumerate(self.layers):
@@ -529,15 +545,17 @@ class Decoder(nn.Module):
             outputs.append(self.norm(x))
             if index < len(self.layers) - 1:
                 refined = (box_head(x).float() + inverse_sigmoid(anchors)).sigmoid()
-                # Where the next layer looks is cut off from the gradient, so that each layer learns
-                # its own correction. What the next layer predicts is not: its box is this one plus
-                # an offset, and its loss reaches this layer, as in the authors' code.
+                # As in the authors' code, the head sees x here and norm(x) in DNDETR.forward: the next
+                # layer starts near, not exactly at, the box that this layer predicts. It looks from a
+                # detached copy, so that its attention can't steer this layer, but its box is this
+                # start plus an offset, and through `starts` its loss does reach this layer.
                 anchors = refined.detach()
                 starts.append(refined)
         return torch.stack(outputs), torch.stack(starts)
 
     def encode_anchors(self, anchors, x, is_first):
-        """Anchors [B, Q, 4], content x [B, Q, D] -> position queries for self- and cross-attention."""
+        """Anchors [B, Q, 4], content x [B, Q, D] -> position queries for self- and cross-attention,
+        [B, Q, D] each."""
         config = self.config
         sine = sine_encoding(anchors[..., [1, 0, 2, 3]], config.hidden_dim // 2,     # y, x, w, h
                              config.anchor_temperature, config.position_frequency)   # [B, Q, 2D]
@@ -570,7 +588,8 @@ class DNDETR(nn.Module):
     dn_logits [L, B, P*M, C], dn_boxes [L, B, P*M, 4] and dn_slots (DenoisingSlots).
     With num_patterns > 0, N is num_queries * num_patterns.
 
-    Raises ValueError for inputs of the wrong shape, type or range. Sec. 4; authors: DABDETR.
+    Raises ValueError for images, masks and (where denoising runs) targets of the wrong shape or type;
+    their values are checked as long as they are on the CPU. Sec. 4; authors: DABDETR.
     """
 
     def __init__(self, config):
@@ -583,8 +602,8 @@ class DNDETR(nn.Module):
         self.class_head = nn.Linear(width, config.num_classes)
         self.box_head = MLP(width, width, width, 4)
         self.anchors = nn.Embedding(config.num_queries, 4)                           # before the sigmoid
-        # One row per class for noised labels, and row C, "unknown", for the matching queries.
-        # One column is left free for the indicator: 1 in a denoising query, 0 in a matching one.
+        # One row per class for noised labels, and row C, "unknown", for the matching queries. One
+        # column is left free for the indicator (Sec. 4.5): 1 in a denoising query, 0 in a matching one.
         self.label_embedding = nn.Embedding(config.num_classes + 1, width - 1)                   # [DN]
         if config.num_patterns:
             self.patterns = nn.Embedding(config.num_patterns, width)
@@ -605,8 +624,9 @@ class DNDETR(nn.Module):
 
     @torch.no_grad()
     def start_local(self):
-        """Sine parts of query and key start as one rotation (times 2: a sharper peak) and their scales
-        as 1, so that their product is that of the encodings themselves: largest at the anchor."""
+        """Sine parts of query and key start as one rotation (times 2: a sharper peak) and the scales of
+        positions as 1, so that scores, summed over the heads, are those of the encodings themselves:
+        largest at the anchor."""
         for layer in self.decoder.layers:
             nn.init.orthogonal_(layer.cross_key_position.weight, gain=2)
             nn.init.zeros_(layer.cross_key_position.bias)
@@ -700,7 +720,8 @@ class DNDETR(nn.Module):
 
         `checkpoint`: the path of a file as they release it, its dict, or a bare state dict. What its
         shapes can't tell comes from `overrides` (fields of DNDETRConfig), else from the file's own
-        args, else is the paper's. Raises ValueError that lists every tensor without a partner.
+        args, else is the paper's. Raises ValueError for a file that can't be read or isn't theirs, and
+        one that lists every tensor without a partner.
         """
         return load_official(cls, checkpoint, overrides)
 
@@ -727,7 +748,8 @@ def concatenate_targets(targets, device):
 
 
 def check_images(images, padding_mask):
-    """Raise ValueError unless images [B, 3, H, W] and mask [B, H, W] are what DNDETR wants."""
+    """Raise ValueError unless images [B, 3, H, W] and mask [B, H, W] are what DNDETR wants. That an image
+    is all padding is noticed on the CPU only."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError("images must be float [B, 3, H, W], normalised as the backbone expects, "
                          f"not {images.dtype} {list(images.shape)}")
@@ -751,6 +773,8 @@ def check_targets(targets, num_images, num_classes):
     if len(targets) != num_images:
         raise ValueError(f"{len(targets)} targets for a batch of {num_images} images")
     for index, target in enumerate(targets):
+        if not {"labels", "boxes"} <= set(target):
+            raise ValueError(f"targets[{index}] needs 'labels' and 'boxes', it has {list(target)}")
         labels, boxes = target["labels"], target["boxes"]
         if labels.dtype != torch.long or labels.ndim != 1:
             raise ValueError(f"targets[{index}]['labels'] must be long of shape [n], "
@@ -771,8 +795,9 @@ def check_target_values(targets, num_classes):
             (corners >= -slack).all() and (corners <= 1 + slack).all():     # false for NaN and infinity
         return
     for index, (labels, boxes) in enumerate((target["labels"], target["boxes"]) for target in targets):
-        for label in labels[(labels < 0) | (labels >= num_classes)].tolist():
-            raise ValueError(f"targets[{index}] has label {label}, labels run from 0 to num_classes - 1 = "
+        wrong = labels[(labels < 0) | (labels >= num_classes)]
+        if len(wrong):
+            raise ValueError(f"targets[{index}] has label {wrong[0]}, labels run from 0 to num_classes - 1 = "
                              f"{num_classes - 1}")
         corners = box_convert(boxes, "cxcywh", "xyxy")
         sticks_out = ((corners < -slack) | (corners > 1 + slack)).any(1)
@@ -820,7 +845,7 @@ def match(logits, boxes, targets, config):
         raise FloatingPointError("the matching cost is not finite: predictions are NaN or infinite. Look for "
                                  "NaN in images or boxes, a fully padded image, or a learning rate too high")
     cost, images, queries, sources = cost.numpy(), [], [], []
-    offsets = [sum(counts[:index]) for index in range(len(counts))]
+    offsets = [0, *accumulate(counts)]
     for layer_cost in cost:
         solved = [linear_sum_assignment(image_cost[:, :n]) for image_cost, n in zip(layer_cost, counts)]
         images.append(torch.cat([torch.full((len(rows),), index) for index, (rows, _) in enumerate(solved)]))
@@ -861,7 +886,8 @@ def matching_instability(previous, current):
     """IS of one image (Sec. 3.1, Eq. 2): how many queries changed their match between two epochs.
 
     `previous` and `current` [N] hold the index of each query's object, -1 for none. An object that
-    moves to another query counts twice: one query lost it, one won it. Hence 0 <= IS <= 2 n.
+    moves to a query which had none counts twice: one query lost it, one won it. Hence 0 <= IS <= 2 n
+    for n objects. Raises ValueError for different lengths.
     """
     previous, current = torch.as_tensor(previous), torch.as_tensor(current)
     if previous.shape != current.shape:
@@ -876,10 +902,13 @@ def matching_instability(previous, current):
 
 
 class DNDETRCriterion(nn.Module):
-    """outputs of DNDETR in training, targets -> dict of scalars: "loss", the weighted total to
+    """Outputs and targets of DNDETR (see there) -> dict of scalars: "loss", the weighted total to
     back-propagate, and unweighted terms "loss_ce", "loss_bbox", "loss_giou" of the last layer,
-    "loss_ce_0" ... of the layers before; denoising terms begin with "dn_". Sec. 4.2; authors:
-    SetCriterion and compute_dn_loss."""
+    "loss_ce_0" ... of the layers before; denoising terms begin with "dn_".
+
+    Raises ValueError for impossible targets, FloatingPointError for predictions that are not finite.
+    Sec. 4.3; authors: SetCriterion and compute_dn_loss.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -896,8 +925,8 @@ class DNDETRCriterion(nn.Module):
         per_layer = self.set_loss(logits, boxes, pairs, truth, num_objects)
         slots = outputs.get("dn_slots")                                                          # [DN]
         if slots is not None:                                                                    # [DN]
-            # No search: slot i is a copy of object i, in every layer. The normaliser grows      # [DN]
-            # with the groups, so more groups do not mean a larger loss.                         # [DN]
+            # No search: the slots say who is a copy of whom, in every layer. The normaliser     # [DN]
+            # grows with the groups, so more groups do not mean a larger loss.                   # [DN]
             pairs = Pairs(slots.image[None], slots.slot[None], slots.source[None])               # [DN]
             dn_per_layer = self.set_loss(outputs["dn_logits"], outputs["dn_boxes"], pairs, truth,  # [DN]
                                          num_objects * slots.num_groups, slots.is_real)          # [DN]
@@ -953,7 +982,8 @@ def postprocess(outputs, image_sizes, num_select=300):
     first. `image_sizes`: (height, width) of each image, without its padding. k = min(num_select, N*C).
 
     A query may be listed once for each class: every class is a yes or no of its own (focal loss).
-    No box is suppressed: the queries have sorted that out in self-attention. Authors: PostProcess.
+    No box is suppressed: the queries have sorted that out in self-attention. Raises ValueError unless
+    every image has its size. Authors: PostProcess.
     """
     logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
     sizes = torch.as_tensor(image_sizes, device=boxes.device)
@@ -964,7 +994,8 @@ def postprocess(outputs, image_sizes, num_select=300):
     query, labels = index // logits.shape[2], index % logits.shape[2]
     boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4))
     boxes = boxes * sizes.flip(1).repeat(1, 2)[:, None]                                      # w, h, w, h
-    return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, boxes)]
+    return [{"scores": score, "labels": label, "boxes": box}
+            for score, label, box in zip(scores, labels, boxes)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -991,11 +1022,14 @@ RESNETS = {((2, 2, 2, 2), 2): "resnet18", ((3, 4, 6, 3), 2): "resnet34",    # bl
 
 def read_checkpoint(path):
     """A checkpoint's dict, opened so that it can't run code. Raises ValueError for a broken file."""
-    torch.serialization.add_safe_globals([argparse.Namespace])
+    torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' command line is in theirs
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"checkpoint {path} does not exist") from error
     except Exception as error:
-        raise ValueError(f"{path} can't be read as a checkpoint; is it truncated? {error}") from error
+        raise ValueError(f"{path} can't be read as a checkpoint; is it truncated, or does it hold more than "
+                         f"weights? {error}") from error
 
 
 def load_official(model_class, checkpoint, overrides):

@@ -55,7 +55,7 @@ def build_parser():
     add = parser.add_argument
     add("--epochs", type=int, help="default: 6 on shapes, 50 on COCO data, 12 in experiments")
     add("--batch-size", type=int, help="images a step, over all processes; default: 8")
-    add("--lr", type=float, help="default: 1e-3 for the toy model, 1e-4 for the paper's")
+    add("--lr", type=float, help="default: 1e-3 for the toy model, 1e-4 for the paper's and after --init")
     add("--seed", type=int, default=0)
     add("--device", help="default: cuda, else mps, else cpu")
     add("--workers", type=int, help="data loading processes; default: 0 on shapes, 2 on COCO data")
@@ -96,13 +96,16 @@ def build_parser():
     group.add_argument("--ablate", action="store_true", help="noise kinds, mask, groups")
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="for --compare and --ablate")
     group.add_argument("--jobs", type=int, help="their runs at a time; default: one a CPU core, one on a GPU")
-    group.add_argument("--no-mask", action="store_true", help="for --ablate: nobody is blocked")
+    group.add_argument("--no-mask", action="store_true", help="for --ablate: only empty slots are hidden")
     return parser
 
 
-KEPT_ON_RESUME = {"resume", "device", "workers"}  # what may be said anew when a run goes on
+KEPT_ON_RESUME = {"resume", "device", "workers"}    # what may be said anew when a run goes on
 OF_EXPERIMENTS = {"compare", "ablate", "seeds", "jobs", "epochs", "batch_size", "lr", "train_size",
                   "val_size", "output_dir", "device"}
+OF_EVALUATION = {"evaluate", "coco_val", "subset", "image_size", "batch_size", "workers", "device", "amp",
+                 "seed", "val_size"}
+OF_A_MODEL = {"model", "backbone", "pretrained_backbone", "num_queries", "anchors", "encoder_layers"}
 
 
 def parse_options(argv=None):
@@ -110,9 +113,8 @@ def parse_options(argv=None):
     parser = build_parser()
     options = parser.parse_args(argv)
     said = {name for name, value in vars(options).items() if value != parser.get_default(name)}
-    experiment = "compare" if options.compare else "ablate" if options.ablate else None
+    refuse_ignored(options, said)
     if options.resume:
-        refuse(said - KEPT_ON_RESUME, f"--resume takes its options from {options.resume}")
         saved = read_json(options.resume / "config.json")["options"]
         for name, value in saved.items():
             if name not in said:
@@ -121,12 +123,10 @@ def parse_options(argv=None):
     for name in ("coco_train", "coco_val"):
         if getattr(options, name):
             setattr(options, name, [Path(path) for path in getattr(options, name)])
-    coco = bool(options.coco_train or options.coco_val)
-    if experiment:
-        refuse(said - OF_EXPERIMENTS, f"--{experiment} chooses its runs itself")
+    coco, experiment = bool(options.coco_train or options.coco_val), experiment_of(options)
     fill = {"epochs": 50 if coco else 12 if experiment else 6, "batch_size": 8,
             "train_size": 1600 if experiment else 4800, "val_size": 200 if experiment else 300,
-            "lr": 1e-3 if options.model == "toy" else 1e-4, "workers": 2 if coco else 0,
+            "lr": 1e-3 if options.model == "toy" and not options.init else 1e-4, "workers": 2 if coco else 0,
             "output_dir": Path("runs") / (experiment or ("coco" if coco else "shapes"))}
     for name, value in fill.items():
         if getattr(options, name) is None:
@@ -143,11 +143,24 @@ def parse_options(argv=None):
     return options
 
 
-def refuse(names, reason):
-    """Raise ValueError if there are any `names` of options that would be ignored."""
-    if names:
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(names))
-        raise ValueError(f"{reason}: drop {flags}")
+def experiment_of(options):
+    return "compare" if options.compare else "ablate" if options.ablate else None
+
+
+def refuse_ignored(options, said):
+    """Raise ValueError if something was `said` (names of options) that would have no effect."""
+    experiment, coco = experiment_of(options), options.coco_train or options.coco_val
+    for applies, ignored, reason in (
+            (options.resume, said - KEPT_ON_RESUME, f"--resume takes its options from {options.resume}"),
+            (experiment, said - OF_EXPERIMENTS, f"--{experiment} chooses its runs itself"),
+            (not experiment, said & {"seeds", "jobs"}, "only --compare and --ablate train many models"),
+            (options.evaluate, said - OF_EVALUATION, "--evaluate does not train"),
+            (options.init, said & OF_A_MODEL, "--init takes the model from its file"),
+            (coco, said & {"train_size", "val_size"}, "these are numbers of shapes images; see --subset"),
+            (not coco, said & {"image_size", "subset"}, "this is for data in COCO format")):
+        if applies and ignored:
+            flags = ", ".join("--" + name.replace("_", "-") for name in sorted(ignored))
+            raise ValueError(f"{reason}: drop {flags}")
 
 
 def pick_device(name=None):
@@ -804,14 +817,14 @@ def train(options, process):
         run.load_state_dict(dn_detr.read_checkpoint(last))
     elif process.rank == 0:
         start_directory(options, run.model.config)
-    if process.count > 1:       # every process draws noise of its own
-        torch.manual_seed(options.seed * 1000 + process.rank + 100_000 * run.epoch)
     parameters = sum(p.numel() for p in run.model.parameters())
     process.log(f"{len(train_set)} training and {len(val_set)} held-out images, {len(run.categories)} "
                 f"classes, {parameters / 1e6:.1f} M parameters, on {process.count} x {process.device}")
     pictures_at = time.time()
     for epoch in range(run.epoch, options.epochs):
         started = time.time()
+        if process.count > 1:       # every process draws noise of its own
+            torch.manual_seed(options.seed * 1000 + process.rank + 100_000 * epoch)
         loader = train_loader(train_set, options, process, epoch)
         losses = train_one_epoch(run, loader, f"epoch {epoch + 1}/{options.epochs}")
         evaluated = evaluate(run.model, val_set, options, process)
@@ -1055,9 +1068,9 @@ def run_all(flags_by_name, options):
                     directory, flags = waiting.pop(0)
                     if (directory / "config.json").exists():
                         flags = ["--resume", str(directory), "--device", str(device)]
-                    log = open(f"{directory}.log", "a")
-                    running[directory] = subprocess.Popen([sys.executable, __file__, *flags], env=environment,
-                                                          stdout=log, stderr=subprocess.STDOUT)
+                    with open(f"{directory}.log", "a") as log:
+                        running[directory] = subprocess.Popen([sys.executable, __file__, *flags], stdout=log,
+                                                              stderr=subprocess.STDOUT, env=environment)
                 time.sleep(1)
                 for directory, child in list(running.items()):
                     if child.poll() is not None:
