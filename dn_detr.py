@@ -639,7 +639,7 @@ class DNDETR(nn.Module):
             nn.init.ones_(scale.layers[-1].bias)
 
     def forward(self, images, padding_mask=None, targets=None):
-        check_images(images, padding_mask)
+        check_images(images, padding_mask, self.input_projection.weight.dtype)
         memory, memory_position, padding = self.encode_image(images, padding_mask)
         content, anchors = self.matching_queries(len(images))          # [B, N, D], [B, N, 4]
         slots, blocked = None, None
@@ -747,12 +747,14 @@ def concatenate_targets(targets, device):
                  for name in ("labels", "boxes"))
 
 
-def check_images(images, padding_mask):
+def check_images(images, padding_mask, dtype=torch.float32):
     """Raise ValueError unless images [B, 3, H, W] and mask [B, H, W] are what DNDETR wants. That an image
     is all padding is noticed on the CPU only."""
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
         raise ValueError("images must be float [B, 3, H, W], normalised as the backbone expects, "
                          f"not {images.dtype} {list(images.shape)}")
+    if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+        raise ValueError(f"images are {images.dtype} and the weights {dtype}: convert one of them")
     if padding_mask is None:
         return
     expected = (images.shape[0], *images.shape[2:])
@@ -773,8 +775,10 @@ def check_targets(targets, num_images, num_classes):
     if len(targets) != num_images:
         raise ValueError(f"{len(targets)} targets for a batch of {num_images} images")
     for index, target in enumerate(targets):
-        if not {"labels", "boxes"} <= set(target):
-            raise ValueError(f"targets[{index}] needs 'labels' and 'boxes', it has {list(target)}")
+        if not isinstance(target, dict) or not all(isinstance(target.get(name), Tensor)
+                                                   for name in ("labels", "boxes")):
+            raise ValueError(f"targets[{index}] must be a dict with tensors 'labels' and 'boxes', "
+                             f"not {str(target)[:80]}")
         labels, boxes = target["labels"], target["boxes"]
         if labels.dtype != torch.long or labels.ndim != 1:
             raise ValueError(f"targets[{index}]['labels'] must be long of shape [n], "
@@ -1024,12 +1028,9 @@ def read_checkpoint(path):
     """A checkpoint's dict, opened so that it can't run code. Raises ValueError for a broken file."""
     torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' command line is in theirs
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"checkpoint {path} does not exist") from error
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise ValueError(f"{path} can't be read as a checkpoint; is it truncated, or does it hold more than "
-                         f"weights? {error}") from error
+        raise ValueError(f"{path} can't be read as a checkpoint; absent or truncated? {error}") from error
 
 
 def load_official(model_class, checkpoint, overrides):

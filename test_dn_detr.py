@@ -327,8 +327,9 @@ def test_impossible_targets_are_refused_by_value(labels, boxes, message):
 
 
 def test_targets_without_labels_or_boxes_are_refused():
-    with pytest.raises(ValueError, match=r"targets\[0\] needs 'labels' and 'boxes', it has \['boxes'\]"):
-        check_targets([{"boxes": torch.zeros(0, 4)}], 1, CLASSES)
+    for target in ({"boxes": torch.zeros(0, 4)}, {"labels": [1], "boxes": [GOOD]}, None, "labels"):
+        with pytest.raises(ValueError, match=r"targets\[0\] must be a dict with tensors 'labels' and"):
+            check_targets([target], 1, CLASSES)
 
 
 def test_boxes_at_the_border_and_empty_images_are_accepted():
@@ -360,11 +361,15 @@ def test_the_model_refuses_targets_for_another_number_of_images():
     (torch.rand(3, 32, 32), None, r"\[B, 3, H, W\].*\[3, 32, 32\]"),
     (torch.rand(2, 1, 32, 32), None, r"\[2, 1, 32, 32\]"),
     (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), None, "uint8"),
+    (torch.zeros(0, 3, 32, 32), None, r"\[0, 3, 32, 32\]"),
+    (torch.zeros(2, 3, 0, 32), None, r"\[2, 3, 0, 32\]"),
+    (torch.zeros(2, 3, 32, 32).half(), None, "images are torch.float16 and the weights torch.float32"),
+    (torch.zeros(2, 3, 32, 32).double(), None, "images are torch.float64"),
     (torch.rand(2, 3, 32, 32), torch.zeros(2, 32, 16, dtype=torch.bool), r"\[2, 32, 16\]"),
     (torch.rand(2, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.bool), r"\[1, 32, 32\]"),
     (torch.rand(2, 3, 32, 32), torch.zeros(2, 32, 32), "float32"),
     (torch.rand(2, 3, 32, 32), torch.arange(2).bool()[:, None, None].expand(2, 32, 32),
-     r"padding_mask\[1\] is all padding")], ids=range(7))
+     r"padding_mask\[1\] is all padding")], ids=range(11))
 def test_impossible_images_are_refused_by_value(images, mask, message):
     with pytest.raises(ValueError, match=message):
         tiny_model()(images, mask)
@@ -1469,7 +1474,7 @@ def test_a_truncated_file_is_refused_by_name(size, tmp_path):
 
 
 def test_an_absent_file_is_reported_as_absent(tmp_path):
-    with pytest.raises(ValueError, match="absent.pth does not exist"):
+    with pytest.raises(ValueError, match="absent.pth can't be read as a checkpoint; absent.*No such file"):
         DNDETR.from_official(tmp_path / "absent.pth")
 
 
@@ -1782,13 +1787,69 @@ def test_average_precision_is_measured_in_original_pixels(tmp_path):
 
 @pytest.mark.parametrize("damage, message", [
     ("not json", "is not JSON"), ('{"images": []}', "no list of categories"), ("[1]", "not in COCO format"),
-    ('{"images": [], "annotations": [], "categories": []}', "lists no images"), (None, "does not exist")])
+    ('{"images": [], "annotations": [], "categories": []}', "lists no images"),
+    ('{"images": [3], "annotations": [], "categories": []}', "an entry of images lacks file_name, height"),
+    (None, "can't be read: No such file")])
 def test_broken_annotations_are_named(tmp_path, damage, message):
     folder, path = tiny_coco(tmp_path)
     path.unlink() if damage is None else path.write_text(damage)
     with pytest.raises(ValueError, match=message) as error:
         train_toy.CocoDataset(folder, path, 40, True)
     assert "annotations.json" in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(image_id=77), "annotation 2 is for image 77, which is not among the images"),
+    (dict(category_id=4), "image 5 has category_id 4, which is not among the categories"),
+    (dict(id=1), "two of its annotations have the same id"),
+    (dict(bbox=[1, 2, 3]), r"annotation 2 has bbox \[1, 2, 3\], it must be"),
+    (dict(bbox=["1", 2, 3, 4]), "annotation 2 has bbox"), (dict(bbox=None), "annotation 2 has bbox None")])
+def test_broken_annotations_are_named_one_by_one(tmp_path, change, message):
+    folder, path = tiny_coco(tmp_path)
+    data = json.loads(path.read_text())
+    data["annotations"][1] |= change
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=f"annotations.json.*{message}"):
+        train_toy.CocoDataset(folder, path, 40, True)
+
+
+def test_optional_fields_of_annotations_may_be_null(tmp_path):
+    folder, path = write_coco(tmp_path, {1: (80, 40)}, [
+        {"image_id": 1, "category_id": 3, "bbox": [8, 4, 40, 20], "iscrowd": None, "area": None}])
+    dataset = train_toy.CocoDataset(folder, path, 40, False)
+    assert dataset.coco.anns[1]["iscrowd"] == 0 and dataset.coco.anns[1]["area"] == 800
+    assert len(dataset[0].target["labels"]) == 1
+
+
+def test_corner_boxes_in_coco_annotations_are_noticed(tmp_path):
+    folder, path = write_coco(tmp_path, {1: (80, 40)}, [
+        {"image_id": 1, "category_id": 3, "bbox": box} for box in ([30, 10, 70, 30], [50, 5, 75, 39])])
+    with pytest.raises(ValueError, match=r"2 boxes reach out of their image.*is this \[x0, y0, x1, y1"):
+        train_toy.CocoDataset(folder, path, 40, False)
+
+
+def test_an_image_of_another_size_than_annotated_is_named(tmp_path):
+    folder, path = tiny_coco(tmp_path)
+    Image.fromarray(np.zeros((60, 40, 3), np.uint8)).save(folder / "5.png")     # turned by 90 degrees
+    with pytest.warns(UserWarning):
+        dataset = train_toy.CocoDataset(folder, path, 40, False)
+    with pytest.raises(ValueError, match=r"5\.png has 40 x 60 pixels, its annotations are for 60 x 40"):
+        dataset[0]
+
+
+def test_sets_that_cannot_be_compared_are_refused(tmp_path):
+    box = {"image_id": 1, "category_id": 3, "bbox": [8, 4, 20, 20]}
+    train = write_coco(tmp_path / "train", {1: (40, 40)}, [box])
+    others = {"names": ([box], ((3, "cow"), (7, "dog"))), "empty": ([], ((3, "cat"), (7, "dog")))}
+    flags = {name: ["--coco-train", *map(str, train), "--coco-val", *map(str, write_coco(
+        tmp_path / name, {1: (40, 40)}, annotations, categories))]
+        for name, (annotations, categories) in others.items()}
+    with pytest.raises(ValueError, match="categories differ: --coco-train has .3: 'cat'.*3: 'cow'"):
+        train_toy.build_datasets(train_toy.parse_options(flags["names"]))
+    with pytest.raises(ValueError, match="holds no objects"):
+        train_toy.build_datasets(train_toy.parse_options(flags["empty"]))
+    with pytest.raises(ValueError, match="no object in the 1 held-out images: raise --val-size"):
+        train_toy.build_datasets(train_toy.parse_options(["--val-size", "1", "--seed", "43"]))
 
 
 def test_missing_and_broken_images_are_named(tmp_path):
@@ -1851,6 +1912,79 @@ def test_a_run_stopped_at_any_moment_ends_as_if_never_stopped(tmp_path, monkeypa
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    return folder, run_tiny(folder)
+
+
+@pytest.mark.parametrize("moment", range(9))        # every write of two epochs
+def test_a_run_stopped_between_two_writes_ends_as_if_never_stopped(tmp_path, monkeypatch, straight, moment):
+    replace, done = os.replace, []
+
+    def stop(source, target):
+        if len(done) == moment:
+            raise KeyboardInterrupt
+        done.append(replace(source, target))
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", stop)
+        run_tiny(tmp_path / "stopped")
+    flags = ["--resume", str(tmp_path / "stopped")] if (tmp_path / "stopped/config.json").exists() else [
+        *TINY_RUN, "--output-dir", str(tmp_path / "stopped")]
+    train_toy.main([*flags, "--device", "cpu"])
+    resumed = [json.loads(line) for line in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()]
+    assert without_seconds(resumed) == without_seconds(straight[1])
+    folders = straight[0], tmp_path / "stopped"
+    files = [sorted(path.name for path in folder.iterdir() if path.suffix != ".tmp") for folder in folders]
+    assert files[0] == files[1]
+    best = [torch.load(folder / "best.pt")["epoch"] for folder in folders]
+    assert best[0] == best[1]
+
+
+def test_a_resumed_coco_run_keeps_its_number_of_workers(tmp_path):
+    box = {"image_id": 1, "category_id": 3, "bbox": [8, 4, 20, 20]}
+    paths = list(map(str, write_coco(tmp_path / "data", {1: (40, 40)}, [box])))
+    train_toy.main(["--coco-train", *paths, "--coco-val", *paths, "--image-size", "64", "--workers", "0",
+                    "--epochs", "1", "--batch-size", "1", "--output-dir", str(tmp_path / "run"),
+                    "--device", "cpu"])
+    assert train_toy.parse_options(["--resume", str(tmp_path / "run")]).workers == 0
+
+
+def test_half_a_run_is_neither_overwritten_nor_gone_on_with(tmp_path):
+    run_tiny(tmp_path / "run", "--epochs", "1")
+    options = train_toy.parse_options(["--resume", str(tmp_path / "run"), "--device", "cpu"])
+    (tmp_path / "run/last.pt").rename(tmp_path / "run/moved")
+    with pytest.raises(ValueError, match="has metrics but no last.pt"):
+        train_toy.train(options, train_toy.Process("cpu"))
+    (tmp_path / "run/moved").rename(tmp_path / "run/last.pt")
+    (tmp_path / "run/config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds another run \(last.pt\)"):
+        run_tiny(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file can't be made"):
+        run_tiny(tmp_path / "file")
+    (tmp_path / "run/config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json is not that of a run"):
+        train_toy.parse_options(["--resume", str(tmp_path / "run")])
+
+
+def test_a_foreign_or_truncated_last_checkpoint_stops_a_resume(tmp_path):
+    run_tiny(tmp_path / "run", "--epochs", "1")
+    options = train_toy.parse_options(["--resume", str(tmp_path / "run"), "--device", "cpu"])
+    last = tmp_path / "run/last.pt"
+    state, whole = torch.load(last), last.read_bytes()
+    last.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="last.pt can't be read as a checkpoint"):
+        train_toy.train(options, train_toy.Process("cpu"))
+    torch.save({"weights": 3}, last)
+    with pytest.raises(ValueError, match="not one of a run: it lacks categories, config"):
+        train_toy.train(options, train_toy.Process("cpu"))
+    torch.save(state | {"categories": [{"id": 0, "name": "cow"}]}, last)
+    with pytest.raises(ValueError, match="categories differ: the checkpoint has .0: 'cow'"):
+        train_toy.train(options, train_toy.Process("cpu"))
+
+
 def test_a_killed_process_can_be_resumed(tmp_path):
     command = [sys.executable, str(FILE.parent / "train_toy.py")]
     flags = [*TINY_RUN, "--epochs", "500", "--output-dir", str(tmp_path / "run")]
@@ -1878,20 +2012,28 @@ def test_a_half_written_file_never_replaces_a_good_one(tmp_path):
     assert path.read_text() == "good"
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_images(tmp_path, monkeypatch):
-    original = train_toy.DNDETRCriterion.forward
-    calls = []
+@pytest.mark.parametrize("call, what", [
+    (1, "loss"), (3, "loss"), (4, "loss"), (1, "gradient"), (4, "gradient")])
+def test_a_step_that_is_not_finite_stops_the_run_and_is_named(tmp_path, monkeypatch, call, what):
+    original, calls = train_toy.DNDETRCriterion.forward, []
 
     def poisoned(self, outputs, targets):
         losses = original(self, outputs, targets)
         calls.append(1)
-        return losses | {"loss": losses["loss"] * float("nan")} if len(calls) == 4 else losses
+        if len(calls) == call and what == "loss":
+            losses["loss"] = losses["loss"] * float("nan")
+        if len(calls) == call and what == "gradient":
+            losses["loss"].register_hook(lambda gradient: gradient * float("inf"))
+        return losses
 
     monkeypatch.setattr(train_toy.DNDETRCriterion, "forward", poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 3, images \[\d+.*loss"):
+    left = "the last good checkpoint is .*last.pt" if call > 2 else "there is no checkpoint yet"
+    message = rf"step {call - 1}, images \[\d+.*{what}.* not finite; {left}"
+    with pytest.raises(FloatingPointError, match=message):
         run_tiny(tmp_path / "run", "--epochs", "3")
-    saved = torch.load(tmp_path / "run/last.pt")
-    assert saved["epoch"] == 1 and all(value.isfinite().all() for value in saved["model"].values())
+    if call > 2:                                # two steps an epoch
+        saved = torch.load(tmp_path / "run/last.pt")
+        assert saved["epoch"] == 1 and all(value.isfinite().all() for value in saved["model"].values())
 
 
 def test_losses_are_read_one_step_late_and_averaged():
@@ -1938,6 +2080,13 @@ def test_compiled_shapes_do_not_change_with_every_batch():
         criterion(model(torch.randn(2, 3, 32, 32), targets=targets), targets)["loss"].backward()
     assert len(compiled) <= 2
     torch._dynamo.reset()
+
+
+def test_compiling_without_a_compiler_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_toy.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"--compile needs a C\+\+ compiler"):
+        run_tiny(tmp_path / "run", "--compile")
+    assert not (tmp_path / "run/config.json").exists()
 
 
 def test_padding_the_groups_for_compilation_changes_no_loss():
@@ -1999,7 +2148,7 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path):
     (tmp_path / "half.pt").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ValueError, match=r"half\.pt can't be read"):
         train_toy.load_any(tmp_path / "half.pt")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="there is no checkpoint file"):
         train_toy.load_any(tmp_path / "none.pt")
     config = json.loads((tmp_path / "run/config.json").read_text())
     config["options"]["anchors"] = "normal"
@@ -2029,6 +2178,8 @@ def test_pretrained_weights_offline_give_a_clear_error(monkeypatch):
 @pytest.mark.parametrize("flags, message", [
     (["--epochs", "0"], "--epochs is 0"), (["--lr", "-1"], "--lr is -1"), (["--lr", "nan"], "--lr is nan"),
     (["--workers", "-1"], "--workers is -1, it must not be negative"),
+    (["--seed", "-1"], "--seed is -1"), (["--train-size", "0"], "--train-size is 0"),
+    (["--coco-train", "a", "b", "--coco-val", "a", "b", "--image-size", "32"], "--image-size is 32"),
     (["--compare", "--dn-groups", "3"], "--compare chooses its runs itself: drop --dn-groups"),
     (["--ablate", "--coco-train", "a", "b"], "--ablate chooses its runs itself: drop --coco-train"),
     (["--seeds", "5"], "only --compare and --ablate train many models: drop --seeds"),
@@ -2037,7 +2188,7 @@ def test_pretrained_weights_offline_give_a_clear_error(monkeypatch):
     (["--coco-train", "a", "b", "--train-size", "9"], "see --subset: drop --train-size"),
     (["--subset", "9"], "for data in COCO format: drop --subset"),
     (["--coco-train", "a", "b"], "needs --coco-val"), (["--coco-val", "a", "b"], "needs --coco-train"),
-    (["--resume", "nowhere"], "nowhere.config.json does not exist"),
+    (["--resume", "nowhere"], "nowhere.config.json can't be read: No such file"),
     (["--resume", "nowhere", "--lr", "1"], "drop --lr")])
 def test_impossible_options_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
@@ -2091,7 +2242,7 @@ def test_experiments_finish_once_and_are_not_run_again(tmp_path, monkeypatch, ca
     shown = capsys.readouterr().out
     assert "random anchors, with / without denoising: mean ± standard deviation of 1 seeds" in shown
     assert "| - / - |" in shown.split("| 1 |")[1].splitlines()[0]          # IS needs two epochs
-    assert "- / -" not in shown.split("| 2 |")[1] and "without: " in shown.split("is reached")[1]
+    assert "- / -" not in shown.split("| 2 |")[1] and "with denoising the same" in shown
     data = json.loads((tmp_path / "results.json").read_text())
     assert len(data["runs"]["random anchors, denoising"][0]) == 2
     assert data["runs"]["random anchors, without"][0][0]["loss_denoising"] == 0

@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -53,9 +54,10 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--epochs", type=int, help="default: 6 on shapes, 50 on COCO data, 12 in experiments")
+    add("--epochs", type=int, help="default: 5 on shapes, 50 on COCO data, 12 in experiments")
     add("--batch-size", type=int, help="images a step, over all processes; default: 8")
-    add("--lr", type=float, help="default: 1e-3 for the toy model, 1e-4 for the paper's and after --init")
+    add("--lr", type=float, help="default: on shapes 2e-3, or 1e-3 in experiments and without denoising, "
+        "which can't stand more; 1e-3 on COCO data, 1e-4 for the paper's model and after --init")
     add("--seed", type=int, default=0)
     add("--device", help="default: cuda, else mps, else cpu")
     add("--workers", type=int, help="data loading processes; default: 0 on shapes, 2 on COCO data")
@@ -100,7 +102,7 @@ def build_parser():
     return parser
 
 
-KEPT_ON_RESUME = {"resume", "device", "workers"}    # what may be said anew when a run goes on
+KEPT_ON_RESUME = {"resume", "device", "workers"}  # what may be said anew when a run goes on
 OF_EXPERIMENTS = {"compare", "ablate", "seeds", "jobs", "epochs", "batch_size", "lr", "train_size",
                   "val_size", "output_dir", "device"}
 OF_EVALUATION = {"evaluate", "coco_val", "subset", "image_size", "batch_size", "workers", "device", "amp",
@@ -115,8 +117,10 @@ def parse_options(argv=None):
     said = {name for name, value in vars(options).items() if value != parser.get_default(name)}
     refuse_ignored(options, said)
     if options.resume:
-        saved = read_json(options.resume / "config.json")["options"]
-        for name, value in saved.items():
+        saved = read_json(options.resume / "config.json")
+        if not isinstance(saved, dict) or not isinstance(saved.get("options"), dict):
+            raise ValueError(f"{options.resume / 'config.json'} is not that of a run: it has no options")
+        for name, value in saved["options"].items():
             if name not in said:
                 setattr(options, name, value)
         options.output_dir = options.resume
@@ -124,9 +128,11 @@ def parse_options(argv=None):
         if getattr(options, name):
             setattr(options, name, [Path(path) for path in getattr(options, name)])
     coco, experiment = bool(options.coco_train or options.coco_val), experiment_of(options)
-    fill = {"epochs": 50 if coco else 12 if experiment else 6, "batch_size": 8,
+    fill = {"epochs": 50 if coco else 12 if experiment else 5, "batch_size": 8,
             "train_size": 1600 if experiment else 4800, "val_size": 200 if experiment else 300,
-            "lr": 1e-3 if options.model == "toy" and not options.init else 1e-4, "workers": 2 if coco else 0,
+            "lr": (1e-4 if options.model == "paper" or options.init else
+                   1e-3 if coco or experiment or not options.dn_groups else 2e-3),
+            "workers": 2 if coco else 0,
             "output_dir": Path("runs") / (experiment or ("coco" if coco else "shapes"))}
     for name, value in fill.items():
         if getattr(options, name) is None:
@@ -138,6 +144,11 @@ def parse_options(argv=None):
     for name in ("epochs", "batch_size", "train_size", "val_size", "image_size", "lr", "subset", "jobs"):
         if getattr(options, name) is not None and not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, it must be positive")
+    if options.image_size < 64:
+        raise ValueError(f"--image-size is {options.image_size}, less than 64 leaves no feature map")
+    if not 0 <= options.seed < 2 ** 32:
+        raise ValueError(f"--seed is {options.seed}, it must be in 0 .. 2^32 - 1")
+    options.seeds = list(dict.fromkeys(options.seeds))
     if options.workers < 0:
         raise ValueError(f"--workers is {options.workers}, it must not be negative")
     return options
@@ -310,13 +321,14 @@ class CocoDataset(CocoDetection):
     """
 
     def __init__(self, folder, annotation_file, image_size, is_train, subset=None, labels_are_ids=False):
-        read_coco_json(annotation_file)
+        check_coco_json(annotation_file)
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(folder, annotation_file)
         self.is_train, self.ids = is_train, self.ids[:subset]
         if not self.ids:
             raise ValueError(f"{annotation_file} lists no images")
-        self.categories = sorted(self.coco.dataset["categories"], key=lambda category: category["id"])
+        self.categories = sorted(({"id": c["id"], "name": str(c["name"])} for c in
+                                  self.coco.dataset["categories"]), key=lambda category: category["id"])
         ids = [category["id"] for category in self.categories]
         self.label_of = {id: id if labels_are_ids else rank for rank, id in enumerate(ids)}
         missing = [name for id in self.ids if not (Path(folder) / (name := self.file_name(id))).is_file()]
@@ -333,8 +345,8 @@ class CocoDataset(CocoDetection):
         """{image id: (labels [n], boxes [n, 4] xyxy pixels)}, with one warning about all that was mended."""
         objects, clipped, dropped = {}, 0, 0
         for annotation in self.coco.anns.values():          # optional in other people's files
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+            annotation["iscrowd"] = annotation.get("iscrowd") or 0
+            annotation["area"] = annotation.get("area") or annotation["bbox"][2] * annotation["bbox"][3]
         for image_id in self.ids:
             annotations = [a for a in self.coco.imgToAnns[image_id] if not a["iscrowd"]]
             unknown = [a["category_id"] for a in annotations if a["category_id"] not in self.label_of]
@@ -350,6 +362,9 @@ class CocoDataset(CocoDetection):
             clipped += int(((inside - boxes).abs() > 1.0).any(1)[keep].sum())       # a pixel is rounding
             dropped += int((~keep).sum())
             objects[image_id] = labels[keep], inside[keep]
+        if clipped > sum(len(labels) for labels, _ in objects.values()) / 2:
+            raise ValueError(f"{annotation_file}: {clipped} boxes reach out of their image, more than half. "
+                             "A bbox is [x, y, width, height] in pixels; is this [x0, y0, x1, y1]?")
         if clipped or dropped:
             warnings.warn(f"{annotation_file}: dropped {dropped} degenerate boxes and clipped {clipped} that "
                           "reached out of their image", stacklevel=2)
@@ -361,12 +376,15 @@ class CocoDataset(CocoDetection):
     def __getitem__(self, index):
         image_id = self.ids[index]
         labels, boxes = self.objects[image_id]
+        path, info = Path(self.root) / self.file_name(image_id), self.coco.imgs[image_id]
         try:
             image = v2.functional.to_image(self._load_image(image_id))
         except OSError as error:
-            path = Path(self.root) / self.file_name(image_id)
             raise ValueError(f"image {path} can't be read: {error}") from error
         size = tuple(image.shape[-2:])
+        if size != (info["height"], info["width"]):
+            raise ValueError(f"image {path} has {size[1]} x {size[0]} pixels, its annotations are for "
+                             f"{info['width']} x {info['height']}: resized, or turned by its EXIF tag?")
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
         image, target = self.transform(image, {"boxes": boxes, "labels": labels})
         height, width = image.shape[-2:]
@@ -379,8 +397,8 @@ class CocoDataset(CocoDetection):
         return self.coco
 
 
-def read_coco_json(path):
-    """The annotations of `path`. Raises ValueError if they are not there, not JSON or not COCO."""
+def check_coco_json(path):
+    """Raise ValueError if the annotations `path` are not there, not JSON or not COCO."""
     data = read_json(path)
     for key, needed in (("images", {"id", "file_name", "height", "width"}), ("categories", {"id", "name"}),
                         ("annotations", {"id", "image_id", "category_id", "bbox"})):
@@ -388,17 +406,28 @@ def read_coco_json(path):
         if not isinstance(entries, list):
             raise ValueError(f"{path} is not in COCO format: it has no list of {key}")
         for entry in entries:
-            if not needed <= set(entry):
+            lacking = needed - (set(entry) if isinstance(entry, dict) else set())
+            if lacking:
                 raise ValueError(f"{path} is not in COCO format: an entry of {key} lacks "
-                                 f"{', '.join(sorted(needed - set(entry)))}: {str(entry)[:80]}")
-    return data
+                                 f"{', '.join(sorted(lacking))}: {str(entry)[:80]}")
+        if len({entry["id"] for entry in entries}) < len(entries):
+            raise ValueError(f"{path}: two of its {key} have the same id")
+    image_ids = {image["id"] for image in data["images"]}
+    for annotation in data["annotations"]:
+        box = annotation["bbox"]
+        if annotation["image_id"] not in image_ids:
+            raise ValueError(f"{path}: annotation {annotation['id']} is for image {annotation['image_id']}, "
+                             "which is not among the images")
+        if not isinstance(box, list) or [isinstance(x, (int, float)) for x in box] != [True] * 4:
+            raise ValueError(f"{path}: annotation {annotation['id']} has bbox {box}, it must be "
+                             "[x, y, width, height] in pixels")
 
 
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist") from error
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
@@ -472,12 +501,20 @@ def build_datasets(options):
                       for paths, is_train in ((options.coco_train, True), (options.coco_val, False)))
         if not any(len(labels) for labels, _ in val.objects.values()):
             raise ValueError(f"{options.coco_val[1]} holds no objects: there is no AP to measure")
-        if train.label_of != val.label_of:
-            raise ValueError("the categories of --coco-train and --coco-val differ: "
-                             f"ids {list(train.label_of)} and {list(val.label_of)}")
+        same_categories("--coco-train", train.categories, "--coco-val", val.categories)
         return train, val
-    return (ShapesDataset(options.train_size, options.seed, "train"),
-            ShapesDataset(options.val_size, options.seed, "val"))
+    train, val = (ShapesDataset(size, options.seed, split)
+                  for size, split in ((options.train_size, "train"), (options.val_size, "val")))
+    if not any(len(labels) for labels in val.labels):
+        raise ValueError(f"there is no object in the {options.val_size} held-out images: raise --val-size")
+    return train, val
+
+
+def same_categories(name, categories, other_name, others):
+    """Raise ValueError where the categories of two sources differ: labels would mean something else."""
+    if categories != others:
+        shown, other_shown = ({c["id"]: c["name"] for c in x} for x in (categories, others))
+        raise ValueError(f"the categories differ: {name} has {shown}, {other_name} {other_shown}")
 
 
 def train_loader(dataset, options, process, epoch):
@@ -553,14 +590,14 @@ def load_imagenet(model, log=print):
 def load_any(path, **overrides):
     """Model and categories (None: the authors' COCO model) of our own checkpoint or the authors' file."""
     if not Path(path).is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
+        raise ValueError(f"there is no checkpoint file {path}")
     checkpoint = dn_detr.read_checkpoint(path)
     if "config" not in checkpoint:
         return DNDETR.from_official(checkpoint, **overrides), None
     try:
         model = DNDETR(DNDETRConfig(**(checkpoint["config"] | overrides)))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} is of another version or configuration: {error}") from error
     return model, checkpoint["categories"]
 
@@ -667,7 +704,7 @@ def coco_metrics(coco, detections, image_ids, verbose=False):
 
 def mean_instability(previous, current):
     """IS (Sec. 3.1), mean over the images; None in the first epoch."""
-    if not previous:
+    if previous.keys() != current.keys():
         return None
     return float(np.mean([matching_instability(previous[id], current[id]) for id in current]))
 
@@ -678,9 +715,8 @@ def evaluate_checkpoint(options, process):
     if options.coco_val:
         dataset = CocoDataset(*options.coco_val, options.image_size, False, options.subset,
                               labels_are_ids=categories is None)
-        if categories is not None and [c["id"] for c in categories] != list(dataset.label_of):
-            theirs, ours = ([c["name"] for c in x] for x in (categories, dataset.categories))
-            raise ValueError(f"{options.evaluate} was trained on categories {theirs}, the data has {ours}")
+        if categories is not None:
+            same_categories(options.evaluate, categories, "the data", dataset.categories)
     else:
         dataset = ShapesDataset(options.val_size, options.seed, "val")
         if categories != dataset.categories:
@@ -705,11 +741,14 @@ def train_one_epoch(run, loader, description):
                 outputs = run.parallel_model(images, padding_mask, batch.targets)
             losses = run.criterion(outputs, batch.targets)
         except FloatingPointError as error:
+            log.settle()            # if the step before was to blame, say that
             raise FloatingPointError(f"step {run.step}, images {batch.image_ids}: {error}") from error
         run.optimizer.zero_grad()
         run.scaler.scale(losses["loss"]).backward()
         run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=0.1)
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=0.1)
+        if not run.scaler.is_enabled():     # the scaler skips steps with infinite gradients
+            losses["gradient_norm"] = norm
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.schedule.step()
@@ -739,8 +778,7 @@ class LossLog:
         (values, step, image_ids), self.pending = self.pending, None
         if not values.isfinite().all():
             bad = [name for name, ok in zip(self.names, values.isfinite()) if not ok]
-            raise FloatingPointError(f"step {step}, images {image_ids}: {', '.join(bad)} not finite. The "
-                                     "last good checkpoint is last.pt; try a lower --lr")
+            raise FloatingPointError(f"step {step}, images {image_ids}: {', '.join(bad)} not finite")
         self.sums, self.count, self.latest = self.sums + values.double(), self.count + 1, float(values[0])
 
     def mean(self):
@@ -779,6 +817,8 @@ class Run:
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.history, self.matching = [], {}
         if options.compile:
+            if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "c++", "cl")):
+                raise ValueError("--compile needs a C++ compiler: install g++, or drop --compile")
             for module in (self.model.backbone, self.model.encoder, self.model.decoder):
                 module.compile()
         self.parallel_model = process.parallel(self.model)
@@ -786,11 +826,16 @@ class Run:
     def state_dict(self):
         parts = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
         numbers = {name: getattr(self, name) for name in (*self.PLAIN, "categories")}
-        cuda = torch.cuda.get_rng_state() if self.process.device.type == "cuda" else None
+        device = self.process.device
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return parts | numbers | {"config": dataclasses.asdict(self.model.config),
                                   "random": torch.get_rng_state(), "random_cuda": cuda}
 
     def load_state_dict(self, state):
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"the checkpoint is not one of a run: it lacks {', '.join(sorted(missing))}")
+        same_categories("the checkpoint", state["categories"], "the data", self.categories)
         ours = dataclasses.asdict(self.model.config)
         other = [name for name in ours if state["config"].get(name) != ours[name]]
         if other:
@@ -802,21 +847,24 @@ class Run:
             setattr(self, name, state[name])
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None and self.process.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"])
+            torch.cuda.set_rng_state(state["random_cuda"], self.process.device)
 
 
 def train(options, process):
     """A whole run, from its first or its last finished epoch on; returns its history."""
     if options.batch_size % process.count:
         raise ValueError(f"--batch-size {options.batch_size} can't be shared by {process.count} processes")
+    if process.rank == 0:
+        check_directory(options)
     torch.manual_seed(options.seed)
     train_set, val_set = build_datasets(options)
     run = Run(options, process, train_set)
     last = options.output_dir / "last.pt"
     if options.resume and last.is_file():
         run.load_state_dict(dn_detr.read_checkpoint(last))
-    elif process.rank == 0:
-        start_directory(options, run.model.config)
+    if process.rank == 0:
+        write_config(options, run.model.config)
+        write_metrics(run)          # they may have been killed between checkpoint and metrics
     parameters = sum(p.numel() for p in run.model.parameters())
     process.log(f"{len(train_set)} training and {len(val_set)} held-out images, {len(run.categories)} "
                 f"classes, {parameters / 1e6:.1f} M parameters, on {process.count} x {process.device}")
@@ -826,14 +874,20 @@ def train(options, process):
         if process.count > 1:       # every process draws noise of its own
             torch.manual_seed(options.seed * 1000 + process.rank + 100_000 * epoch)
         loader = train_loader(train_set, options, process, epoch)
-        losses = train_one_epoch(run, loader, f"epoch {epoch + 1}/{options.epochs}")
+        try:
+            losses = train_one_epoch(run, loader, f"epoch {epoch + 1}/{options.epochs}")
+        except FloatingPointError as error:
+            left = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+            raise FloatingPointError(f"{error}; {left}; try a lower --lr") from error
         evaluated = evaluate(run.model, val_set, options, process)
         run.epoch, run.seconds = epoch + 1, run.seconds + time.time() - started
         if evaluated is not None:
             record(run, losses, *evaluated)
-            if run.epoch == options.epochs or time.time() - pictures_at > 60:
+            if time.time() - pictures_at > 60:
                 draw_pictures(run, val_set)
                 pictures_at = time.time()
+    if process.rank == 0:
+        draw_pictures(run, val_set)
     return run.history
 
 
@@ -850,10 +904,9 @@ def record(run, losses, metrics, distance, matching):
     run.matching = matching
     run.history.append(row)
     is_best = metrics["AP"] >= max(old["AP"] for old in run.history)
-    for name in ("last.pt", "best.pt") if is_best else ("last.pt",):
+    for name in ("best.pt", "last.pt") if is_best else ("last.pt",):    # killed in between: both again
         write_atomically(run.options.output_dir / name, lambda path: torch.save(run.state_dict(), path))
-    lines = "".join(json.dumps(line) + "\n" for line in run.history)
-    write_atomically(run.options.output_dir / "metrics.jsonl", lambda path: path.write_text(lines))
+    write_metrics(run)
     left = run.seconds / run.epoch * (run.options.epochs - run.epoch)
     instability = "-" if row["instability"] is None else f"{row['instability']:.2f}"
     tqdm.write(f"epoch {run.epoch:2}/{run.options.epochs}  loss {losses['loss']:5.2f} (matching "
@@ -877,16 +930,32 @@ def save_figure(figure, path):
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def start_directory(options, config):
-    """Claim --output-dir. Raises ValueError rather than overwrite another run."""
-    path = options.output_dir / "config.json"
-    if path.exists() and not options.resume:
-        raise ValueError(f"{options.output_dir} holds another run: go on with --resume {options.output_dir}, "
-                         "or choose another --output-dir")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    saved = {name: value for name, value in vars(options).items() if name not in KEPT_ON_RESUME}
+def check_directory(options):
+    """Raise ValueError rather than overwrite another run in --output-dir, or go on with half of one."""
+    directory = options.output_dir
+    found = [name for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl")
+             if (directory / name).exists()]
+    if found and not options.resume:
+        raise ValueError(f"{directory} holds another run ({found[0]}): go on with --resume {directory}, or "
+                         "choose another --output-dir")
+    if "metrics.jsonl" in found and "last.pt" not in found and (directory / "metrics.jsonl").read_text():
+        raise ValueError(f"{directory} has metrics but no last.pt to go on from: put it back, or choose "
+                         "another --output-dir")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output-dir {directory} can't be made: {error.strerror}") from error
+
+
+def write_config(options, config):
+    saved = {name: value for name, value in vars(options).items() if name not in ("resume", "device")}
     text = json.dumps({"options": saved, "model": dataclasses.asdict(config)}, indent=1, default=str)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(options.output_dir / "config.json", lambda path: path.write_text(text))
+
+
+def write_metrics(run):
+    lines = "".join(json.dumps(row) + "\n" for row in run.history)
+    write_atomically(run.options.output_dir / "metrics.jsonl", lambda path: path.write_text(lines))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1111,7 +1180,7 @@ def mean_and_spread(values, digits=1):
 
 
 def reach(histories, goal):
-    """Mean over the seeds of (epochs, steps, seconds) until AP is at least `goal`; None if one never is."""
+    """Mean over the seeds of [epochs, steps, seconds] until AP is at least `goal`; None if one never is."""
     first = [next((row for row in history if row["AP"] >= goal), None) for history in histories]
     if None in first:
         return None
@@ -1143,11 +1212,11 @@ def compare(options):
                      for key, digits in (("AP", 1), ("AP50", 1), ("instability", 2), ("anchor_distance", 3))]
             print(f"| {epoch + 1} | " + " | ".join(cells) + " |")
         goal = column(results[arms[1]], "AP")[:, -1].mean()
-        print(f"\nAP {goal:.1f}, the mean at the end without denoising, is reached")
-        for arm in arms:
-            reached[arm] = reach(results[arm], goal)
-            print(f"  {arm}: " + ("not by every seed" if reached[arm] is None else
-                                  "after {:.1f} epochs, {:.0f} steps, {:.0f} s".format(*reached[arm])))
+        reached[kind] = {"AP": goal, "with": reach(results[arms[0]], goal), "without": [
+            column(results[arms[1]], name)[:, -1].mean() for name in ("epoch", "step", "seconds")]}
+        with_, without = ("never" if x is None else "after {:.1f} epochs, {:.0f} steps, {:.0f} s".format(*x)
+                          for x in (reached[kind]["with"], reached[kind]["without"]))
+        print(f"\nwithout denoising AP {goal:.1f} {without}; with denoising the same {with_}")
     write_results(options, results, {"reached": reached})
     path = options.output_dir / "compare.png"
     save_figure(draw_comparison(results), path)
