@@ -1912,6 +1912,38 @@ def test_a_run_stopped_at_any_moment_ends_as_if_never_stopped(tmp_path, monkeypa
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+class OneOfTwo(train_toy.Process):
+    """The first of two processes, with nobody to talk to."""
+
+    def __init__(self):
+        super().__init__("cpu")
+        self.count = 2
+
+    def parallel(self, model):
+        return model
+
+    def gather(self, value):
+        return [value]
+
+
+def test_one_of_several_processes_resumes_with_the_same_noise(tmp_path, monkeypatch):
+    straight = train_toy.train(tiny_options(tmp_path / "straight"), OneOfTwo())
+    evaluate, calls = train_toy.evaluate, []
+
+    def stop_after_second_epoch(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train_toy, "evaluate", stop_after_second_epoch)
+        train_toy.train(tiny_options(tmp_path / "stopped"), OneOfTwo())
+    options = train_toy.parse_options(["--resume", str(tmp_path / "stopped"), "--device", "cpu"])
+    resumed = train_toy.train(options, OneOfTwo())
+    assert without_seconds(resumed) == without_seconds(straight)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "straight"
@@ -2193,6 +2225,15 @@ def test_pretrained_weights_offline_give_a_clear_error(monkeypatch):
 def test_impossible_options_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         train_toy.parse_options(flags)
+
+
+@pytest.mark.parametrize("flags, lr, epochs", [
+    ([], 2e-3, 5), (["--dn-groups", "0"], 1e-3, 5), (["--compare"], 1e-3, 12), (["--ablate"], 1e-3, 12),
+    (["--coco-train", "a", "b", "--coco-val", "a", "b"], 1e-3, 50), (["--model", "paper"], 1e-4, 5),
+    (["--init", "x.pt"], 1e-4, 5)])
+def test_learning_rate_and_epochs_suit_what_is_trained(flags, lr, epochs):
+    options = train_toy.parse_options(flags)
+    assert (options.lr, options.epochs) == (lr, epochs)
 
 
 def test_an_unknown_device_is_refused():

@@ -1240,6 +1240,8 @@ def draw_comparison(results):
                 axis.fill_between(epochs[known], values.min(0)[known], values.max(0)[known], color=color,
                                   alpha=0.2)
             axis.set(xlabel="epoch", ylabel=label, title=kind, ylim=(0, None))
+        goal = column(results[f"{kind}, without"], "AP")[:, -1].mean()
+        row[0].axhline(goal, color="black", linewidth=1, linestyle=":")
     axes[0, 0].legend(frameon=False)
     return figure
 
