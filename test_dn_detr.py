@@ -708,6 +708,11 @@ def test_a_local_start_looks_at_the_place_of_the_anchor():
     assert torch.equal(model.encoder.position_scale(x), torch.ones(3, 32))
 
 
+def test_images_of_another_type_are_accepted_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tiny_model()(random_images(1).bfloat16())["pred_boxes"].isfinite().all()
+
+
 def test_predictions_stay_float32_under_autocast():
     model, targets = tiny_model(), random_targets(1, 2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -1473,6 +1478,12 @@ def test_a_truncated_file_is_refused_by_name(size, tmp_path):
         DNDETR.from_official(tmp_path / "part.pth")
 
 
+def test_a_file_that_holds_no_dict_is_refused(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    with pytest.raises(ValueError, match="tensor.pth can't be read as a checkpoint"):
+        DNDETR.from_official(tmp_path / "tensor.pth")
+
+
 def test_an_absent_file_is_reported_as_absent(tmp_path):
     with pytest.raises(ValueError, match="absent.pth can't be read as a checkpoint; absent.*No such file"):
         DNDETR.from_official(tmp_path / "absent.pth")
@@ -1815,10 +1826,12 @@ def test_broken_annotations_are_named_one_by_one(tmp_path, change, message):
 
 def test_optional_fields_of_annotations_may_be_null(tmp_path):
     folder, path = write_coco(tmp_path, {1: (80, 40)}, [
-        {"image_id": 1, "category_id": 3, "bbox": [8, 4, 40, 20], "iscrowd": None, "area": None}])
+        {"image_id": 1, "category_id": 3, "bbox": [8, 4, 40, 20], "iscrowd": None, "area": None},
+        {"image_id": 1, "category_id": 3, "bbox": [8, 4, 40, 20], "area": 123}])
     dataset = train_toy.CocoDataset(folder, path, 40, False)
     assert dataset.coco.anns[1]["iscrowd"] == 0 and dataset.coco.anns[1]["area"] == 800
-    assert len(dataset[0].target["labels"]) == 1
+    assert dataset.coco.anns[2]["area"] == 123, "the area of a mask is smaller than its box"
+    assert len(dataset[0].target["labels"]) == 2
 
 
 def test_corner_boxes_in_coco_annotations_are_noticed(tmp_path):
@@ -1927,6 +1940,13 @@ class OneOfTwo(train_toy.Process):
 
 
 def test_one_of_several_processes_resumes_with_the_same_noise(tmp_path, monkeypatch):
+    train_one_epoch, seeds = train_toy.train_one_epoch, []
+
+    def watched(*args):         # the checkpoint holds the first process's generator: others must not use it
+        seeds.append(torch.initial_seed())
+        return train_one_epoch(*args)
+
+    monkeypatch.setattr(train_toy, "train_one_epoch", watched)
     straight = train_toy.train(tiny_options(tmp_path / "straight"), OneOfTwo())
     evaluate, calls = train_toy.evaluate, []
 
@@ -1942,6 +1962,7 @@ def test_one_of_several_processes_resumes_with_the_same_noise(tmp_path, monkeypa
     options = train_toy.parse_options(["--resume", str(tmp_path / "stopped"), "--device", "cpu"])
     resumed = train_toy.train(options, OneOfTwo())
     assert without_seconds(resumed) == without_seconds(straight)
+    assert seeds[0] != seeds[1] and seeds[2:] == [*seeds[:2], seeds[1]]
 
 
 @pytest.fixture(scope="module")
@@ -2299,6 +2320,21 @@ def test_reaching_the_baseline_is_the_first_epoch_that_does():
                for epoch, ap in enumerate((5, 30, 40, 60), 1)]
     assert train_toy.reach([history, history], 30) == [2, 20, 4]
     assert train_toy.reach([history], 61) is None
+
+
+def test_compare_measures_against_the_end_of_training_without_denoising(tmp_path, monkeypatch, capsys):
+    def history(*precisions):
+        return [{"epoch": epoch, "step": 10 * epoch, "seconds": 2.0 * epoch, "AP": ap, "AP50": ap,
+                 "instability": None, "anchor_distance": 0.1, "loss_matching": 1.0, "loss_denoising": 0.0}
+                for epoch, ap in enumerate(precisions, 1)]
+
+    monkeypatch.setattr(train_toy, "run_all", lambda *_: {
+        "random anchors, denoising": [history(10, 40, 50)], "random anchors, without": [history(5, 20, 30)]})
+    train_toy.main(["--compare", "--seeds", "0", "--epochs", "3", "--output-dir", str(tmp_path),
+                    "--device", "cpu"])
+    shown = capsys.readouterr().out
+    assert "| 2 | 40.0 ± 0.0 / 20.0 ± 0.0 | 40.0" in shown
+    assert "AP 30.0 after 3.0 epochs, 30 steps, 6 s; with denoising the same after 2.0 epochs, 20 st" in shown
 
 
 def test_mean_and_spread_over_seeds_by_hand():
