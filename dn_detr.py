@@ -66,7 +66,6 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 # 1. Configuration
 # ---------------------------------------------------------------------------------------------
 
-
 ACTIVATIONS = {"prelu": nn.PReLU, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
