@@ -370,7 +370,8 @@ def build_backbone(config):
 
 
 def small_backbone(widths):
-    """A convolution and residual blocks with live batch norm: learns from random weights in minutes."""
+    """[B, 3, H, W] -> [B, widths[-1], *, *], half the resolution after every width. A convolution and
+    residual blocks with live batch norm: learns from random weights in minutes."""
     layers = [nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
     for narrow, wide in pairwise(widths):
         shortcut = nn.Sequential(nn.Conv2d(narrow, wide, 1, 2, bias=False), nn.BatchNorm2d(wide))
@@ -678,7 +679,8 @@ class DNDETR(nn.Module):
         return memory, positions, None if padding is None else padding[:, None, None]
 
     def matching_queries(self, batch_size):
-        """What DAB-DETR starts from, the same for every image: content [B, N, D], anchors [B, N, 4]."""
+        """What DAB-DETR starts from, the same for every image: content [B, N, D], anchors [B, N, 4]
+        (before the sigmoid). DAB-DETR's content is zero, DN-DETR's is the word "unknown"."""
         content = self.anchors.weight.new_zeros(self.config.hidden_dim)              # [D]
         unknown = self.label_embedding.weight[self.config.num_classes]               # [D - 1]   # [DN]
         content = F.pad(unknown, (0, 1), value=0.0)            # the indicator: 0    # [D]       # [DN]
@@ -741,7 +743,7 @@ def split_queries(x, num_denoising):                                            
 
 
 def concatenate_targets(targets, device):
-    """-> labels [K] and boxes [K, 4] of all objects of the batch, image after image."""
+    """-> labels [K] and boxes [K, 4] of all objects of the batch, image after image, on `device`."""
     return tuple(torch.cat([target[name] for target in targets]).to(device, non_blocking=True)
                  for name in ("labels", "boxes"))
 
@@ -824,7 +826,8 @@ def check_target_values(targets, num_classes):
 
 
 class Pairs(NamedTuple):
-    """Predictions and the objects they answer for, layer by layer; R pairs in each of L layers.
+    """Predictions and the objects they answer for, layer by layer; R pairs in each of L layers:
+    query `query` of image `image` answers for object `source`.
     The first dimension is 1 where all layers share the same pairs (denoising)."""
     image: Tensor     # [L, R] long
     query: Tensor     # [L, R] long

@@ -10,7 +10,7 @@
     torchrun --nproc-per-node 8 train_toy.py ...      several processes, one per GPU
 
 Read train_one_epoch first: its loop is the training step. Sections: 1 options, 2 shapes, 3 COCO
-format, 4 batches, 5 model, 6 evaluation, 7 training, 8 checkpoints, 9 pictures, 10 processes,
+format, 4 batches, 5 model, 6 evaluation, 7 training, 8 files, 9 pictures, 10 processes,
 11 experiments.
 """
 import argparse
@@ -56,8 +56,8 @@ def build_parser():
     add = parser.add_argument
     add("--epochs", type=int, help="default: 5 on shapes, 50 on COCO data, 12 in experiments")
     add("--batch-size", type=int, help="images a step, over all processes; default: 8")
-    add("--lr", type=float, help="default: on shapes 2e-3, or 1e-3 in experiments and without denoising, "
-        "which can't stand more; 1e-3 on COCO data, 1e-4 for the paper's model and after --init")
+    add("--lr", type=float, help="default: on shapes 2e-3, or 1e-3 in experiments and without denoising "
+        "(with random anchors 2e-3 failed); 1e-3 on COCO data, 1e-4 for the paper's model and after --init")
     add("--seed", type=int, default=0)
     add("--device", help="default: cuda, else mps, else cpu")
     add("--workers", type=int, help="data loading processes; default: 0 on shapes, 2 on COCO data")
