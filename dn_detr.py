@@ -1,297 +1,264 @@
-r"""DN-DETR in one file: "Accelerate DETR Training by Introducing Query DeNoising"
-(Li et al., CVPR 2022). Section, equation and table numbers are those of arXiv 2203.01305.
+"""DN-DETR in one file: "Accelerate DETR Training by Introducing Query DeNoising" (Li et al., CVPR 2022).
+Section, equation and table numbers are those of arXiv 2203.01305.
 
-The problem. A DETR turns N learned queries into N boxes, and Hungarian matching decides anew at
-every step which query owns which object. Early in training that choice keeps changing, so a query
-is pulled to one object now and to another a moment later.
+The problem. A DETR turns N learned queries into N predictions, and bipartite (Hungarian) matching decides
+anew at every training step which query is responsible for which object. Early in training the assignment
+keeps changing: a query is trained towards one object now and towards another one soon after.
 
-The idea. Feed the decoder a second set of queries too: ground-truth boxes and labels with noise
-on them. Who owns those is known, so they need no matching; the same decoder learns to undo the
-noise while it learns to detect. At inference they are simply not there.
+The idea. During training, feed the decoder a second kind of query: ground-truth boxes and labels with noise
+added. The object that each of them came from is known, so they need no matching, and the same decoder learns
+to remove the noise while it learns to detect. At inference they are left out.
+
+A query of this decoder (it is DAB-DETR's) has two parts: an *anchor*, the box where it looks, and a
+*content* vector, what it has found there. Every decoder layer corrects the anchor a little.
 
 One training step:
 
-    objects     = ground-truth labels and boxes                                    (K objects)
-    noisy       = P copies of every object: boxes jittered, some labels redrawn     sections 3, 4
-    queries     = noisy copies + N learned anchors                      denoising first, Q = P*M + N
-    mask        = learned anchors may not see the copies (they hold the answer),       section 5
-                  nor one group another (averaged, copies of one object give it away)
-    boxes, logits = decoder(queries, image, mask)           every layer refines boxes  sections 6-10
-    pairs_match = Hungarian(predictions of the N anchors, objects)         searched      section 11
-    pairs_dn    = copy k of object k                                       known         section 4
-    loss        = set_loss(pairs_match) + set_loss(pairs_dn)               one loss      section 12
+    objects       = ground-truth labels and boxes                    K in the batch
+    noised        = P copies of every object: boxes jittered, some labels redrawn     section 2
+    queries       = noised copies, then N learned queries            Q = P*M + N      section 3
+    mask          = learned queries may not attend to the copies, which hold the      section 4
+                    answer, and no group of copies may attend to another group
+    logits, boxes = decoder(queries, image, mask)                                     sections 5-9
+    pairs         = Hungarian(predictions of the N learned queries, objects)          section 10
+    dn_pairs      = (copy of object k, object k)                     known from       section 3
+    loss          = set_loss(pairs) + set_loss(dn_pairs)             the same loss    section 11
 
 Shapes, the same letters everywhere:
 
-    B images         K objects in the batch       M objects in its fullest image (one group)
-    P groups         N matching queries           Q = P*M + N queries of the decoder
-    D hidden width   S image tokens               C classes            L decoder layers
-    boxes are (cx, cy, w, h) in [0, 1] relative to their image; masks are True where blocked
+    B images         K objects in the batch        M objects in its fullest image
+    P groups         N matching (learned) queries  Q = P*M + N decoder queries
+    D hidden width   S image tokens                C classes            L decoder layers
+    boxes are (cx, cy, w, h) in [0, 1], relative to their image; in masks, True means blocked
 
-What differs from the authors' code (github.com/IDEA-Research/DN-DETR, model dn_dab_detr). Files as
-their code saves them load (section 14), and on the same weights outputs, losses and gradients
-agree (test_dn_detr.py), so this is all:
+The authors' weights load (section 14), and outputs, losses and gradients agree with their code
+(github.com/IDEA-Research/DN-DETR, dn_dab_detr; compared in test_dn_detr.py), except for these points:
 
-    D1 an empty slot (an image with fewer objects than M) is seen by nobody. In the authors' code
-       it can be attended to, and an image's loss depends on the other images of its batch
-    D2 centre and size noise have a knob each, lambda_1 and lambda_2; they share one, the paper has two
-    D3 dn_max_queries (off) lowers the number of groups in crowded batches
-    D4 the denoising normaliser is averaged over processes, as the matching one is; theirs is not
-    D5 backbone="small" or frozen_norm=False (not the defaults) can learn from random weights
-    D6 anchor_start, anchor_temperature, position_frequency, cell_centers, local_start (off): an
-       easier start for small images
-    D7 not here: segmentation, deformable attention, Swin backbones
+    D1 A slot without an object (in an image with fewer than M objects) is masked out for every query.
+       In the authors' code it can be attended to, so an image's loss depends on its batch.
+    D2 Centre and size noise have separate scales, as in the paper. The authors' code has one for both.
+    D3 dn_max_queries (off by default) lowers the number of groups in crowded batches.
+    D4 The normaliser of the denoising loss is averaged over processes, like the matching loss's.
+    D5 backbone="small" and frozen_norm=False (not the defaults) can be trained from random weights.
+    D6 position_frequency and cell_centers (off by default) suit small images.
+    D7 Left out: segmentation, deformable attention, Swin backbones.
 
-Lines that denoising adds to DAB-DETR outside its own sections 3-5 end in [DN]: delete them and
-what runs is DAB-DETR. Ten minutes? Read sections 3 to 5: they are the paper.
+Sections 2 to 4 are the paper. Elsewhere, lines that denoising adds to DAB-DETR end in [DN]. Without those
+sections and lines, the file is DAB-DETR.
 """
 import argparse
 import dataclasses
 import math
-import os
-import re
 from collections import OrderedDict
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from torchvision.models import get_model, resnet
-from torchvision.ops import box_convert, sigmoid_focal_loss
+from torchvision.models import get_model
+from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d, box_convert, sigmoid_focal_loss
 
-# ---------------------------------------------------------------------------------------------
-# 1. Configuration
-# ---------------------------------------------------------------------------------------------
+# ---- 1. Configuration ----------------------------------------------------------------------------
 
 ACTIVATIONS = {"prelu": nn.PReLU, "relu": nn.ReLU, "gelu": nn.GELU}
+BACKBONES = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 @dataclasses.dataclass(frozen=True)
 class DNDETRConfig:
-    """Everything there is to choose. The defaults are the paper's R50 model on COCO.
+    """Every choice. Defaults are the paper's R50 on COCO. Raises ValueError, naming an impossible field."""
+    # What is detected. There is no class for "no object": each class has a yes or no of its own.
+    num_classes: int = 91           # C; labels run from 0 to C-1 (COCO's category ids end at 90)
+    num_queries: int = 300          # N, also the largest number of objects found in an image
 
-    Raises ValueError, naming the value, where a choice is impossible.
-    """
-    num_classes: int = 91           # C; labels are 0..C-1, no class for "nothing". COCO's raw ids end at 90
-    num_queries: int = 300          # N
+    # The transformer.
     hidden_dim: int = 256           # D
     num_heads: int = 8
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6     # L
     dim_feedforward: int = 2048
     dropout: float = 0.0
-    activation: str = "prelu"       # "prelu" (one learned slope a layer), "relu" or "gelu"
-    num_patterns: int = 0           # > 0: every anchor is used once per learned pattern (Anchor DETR)
+    activation: str = "prelu"       # "prelu" (one learned slope per layer), "relu" or "gelu"
+    num_patterns: int = 0           # if > 0, every anchor is used once with each learned pattern
 
-    backbone: str = "resnet50"      # a torchvision ResNet, or "small"
-    dilation: bool = False          # True: DC5, the last stage keeps its resolution (stride 16, not 32)
-    frozen_norm: bool = True        # ResNets: batch norm fixed, stem and layer1 too (pretrained weights)
-    small_widths: tuple = (32, 64, 128)  # "small": one stage each, every stage halves the resolution
+    # The backbone.
+    backbone: str = "resnet50"      # a torchvision ResNet, or "small", which learns from scratch
+    dilation: bool = False          # DC5: the last stage keeps its resolution (stride 16, not 32)
+    frozen_norm: bool = True        # ResNets: fixed batch norm, for pretrained weights
+    small_widths: tuple = (32, 64, 128)  # "small": a stage per width, each halves the resolution
 
-    dn_groups: int = 5              # P       Sec. 4.4; 0 is DAB-DETR
-    label_noise: float = 0.2        # gamma   chance that a label is redrawn
-    center_noise: float = 0.4       # lambda_1  the centre moves by at most this times half the side
-    size_noise: float = 0.4         # lambda_2  a side is scaled by something in 1 +- this
-    dn_max_queries: int = 0         # > 0: as many groups as fit into this many queries, at least 1
-    dn_size_multiple: int = 1       # M is rounded up to a multiple: fewer shapes for torch.compile
+    # Denoising.                                                                                 [DN]
+    dn_groups: int = 5              # P, Sec. 4.4; 0: DAB-DETR, with "unknown" as content         [DN]
+    label_noise: float = 0.2        # gamma, Sec. 4.3: probability that a label is redrawn       [DN]
+    center_noise: float = 0.4       # lambda_1: largest shift of a centre, in half sides         [DN]
+    size_noise: float = 0.4         # lambda_2: largest change of a side, in sides               [DN]
+    dn_max_queries: int = 0         # if > 0, lowers P until P*M fits, but not below 1           [DN]
 
-    image_temperature: float = 20.0      # of the sine encoding of pixels; DAB-DETR wants 20 for both,
-    anchor_temperature: float = 10000.0  # the authors' code has 10000 here, which their weights expect
-    position_frequency: float = 1.0      # multiplies both encodings' angles; > 1 for coarse feature maps
-    cell_centers: bool = False           # True: a feature cell is where its centre is, not its far corner
-    anchor_start: str = "normal"         # anchors start as N(0, 1) before the sigmoid, or on a "grid"
-    local_start: bool = False            # True: cross-attention looks near the anchor from step 0
+    # Sine encodings of positions. DAB-DETR's paper has a temperature of 20 for both; the authors' code has
+    # 10000 for anchors, and their weights expect it.
+    image_temperature: float = 20.0
+    anchor_temperature: float = 10000.0
+    position_frequency: float = 1.0      # periods per image of the fastest wave; more for small maps
+    cell_centers: bool = False           # True: a feature cell stands at its centre, not far corner
 
-    cost_class: float = 2.0         # matching costs
+    # Matching costs, and weights of the loss.
+    cost_class: float = 2.0
     cost_box: float = 5.0
     cost_giou: float = 2.0
-    loss_class: float = 1.0         # loss weights, the same for matching and denoising
+    loss_class: float = 1.0
     loss_box: float = 5.0
     loss_giou: float = 2.0
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
 
     def __post_init__(self):
-        def require(condition, message):
-            if not condition:
-                raise ValueError(message)
-
-        for name in ("num_classes", "num_queries", "hidden_dim", "num_heads", "num_decoder_layers",
-                     "dim_feedforward", "dn_size_multiple"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, it must be at least 1")
-        for name in ("num_encoder_layers", "num_patterns", "dn_groups", "dn_max_queries"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must not be negative")
-        for name in ("label_noise", "center_noise", "size_noise"):
-            check_noise(name, getattr(self, name))
-        for name in ("image_temperature", "anchor_temperature", "position_frequency"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be positive")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}, it must be in [0, 1)")
-        require(self.small_widths, "small_widths is empty, it needs a width for each stage")
-        require(self.hidden_dim % self.num_heads == 0 and self.hidden_dim % 4 == 0,
-                f"hidden_dim {self.hidden_dim} must be divisible by num_heads {self.num_heads}, and "
-                "by 4 (sine and cosine, x and y)")
-        backbones = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-        for name, allowed in (("activation", ACTIVATIONS), ("anchor_start", ("normal", "grid")),
-                              ("backbone", backbones)):
-            require(getattr(self, name) in allowed,
-                    f"{name} is {getattr(self, name)!r}, choose one of {', '.join(allowed)}")
-        require(not (self.dilation and self.backbone in ("small", "resnet18", "resnet34")),
-                f"dilation (DC5) needs resnet50 or a larger ResNet, not {self.backbone!r}")
-        require(not self.local_start or self.anchor_temperature == self.image_temperature,
-                f"local_start compares anchors with pixels: anchor_temperature {self.anchor_temperature} "
-                f"must be image_temperature {self.image_temperature}")
+        for names, is_met, rule in (
+                ("num_classes num_queries num_heads num_decoder_layers dim_feedforward",
+                 lambda x: x >= 1, "at least 1"),
+                ("num_encoder_layers num_patterns", lambda x: x >= 0, "at least 0"),
+                ("dn_groups dn_max_queries", lambda x: x >= 0, "at least 0"),                     # [DN]
+                ("label_noise center_noise size_noise", lambda x: 0 <= x <= 1, "in [0, 1]"),      # [DN]
+                ("dropout", lambda x: 0 <= x < 1, "in [0, 1)"),
+                ("hidden_dim", lambda x: x > 0 and x % self.num_heads == 0 and x % 4 == 0,
+                 f"divisible by num_heads ({self.num_heads}), and by 4 (sine and cosine of x and y)"),
+                ("image_temperature anchor_temperature position_frequency", lambda x: x > 0, "positive"),
+                ("activation", lambda x: x in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
+                ("backbone", lambda x: x in BACKBONES, f"one of {', '.join(BACKBONES)}"),
+                ("dilation", lambda x: not x or self.backbone in BACKBONES[3:], "False below resnet50"),
+                ("small_widths", lambda x: len(x) > 0, "a width for each stage")):
+            for name in names.split():
+                if not is_met(getattr(self, name)):
+                    raise ValueError(f"{name} is {getattr(self, name)!r}, it must be {rule}")
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. Boxes
-# ---------------------------------------------------------------------------------------------
-
-
-def inverse_sigmoid(x, eps=1e-3):
-    """Logit of x in [0, 1]. A box is refined by adding to its logits, so that its centre stays in the
-    image and its sides between 0 and 1.
-
-    eps keeps the logit within +-6.9 and is part of the trained model: the weights expect 1e-3.
-    """
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
-
-
-def generalized_iou(boxes, others, eps=1e-6):
-    """Generalised IoU in (-1, 1] of cxcywh boxes [..., 4] and [..., 4] -> [...], with broadcasting.
-
-    torchvision's is pairwise, or has an eps of 1e-7. The authors' 1e-6 is more than rounding on a box
-    of 5 pixels, and numbers should agree with theirs.
-    """
-    ax0, ay0, ax1, ay1 = box_convert(boxes, "cxcywh", "xyxy").unbind(-1)
-    bx0, by0, bx1, by1 = box_convert(others, "cxcywh", "xyxy").unbind(-1)
-    intersection = ((torch.min(ax1, bx1) - torch.max(ax0, bx0)).clamp(min=0)
-                    * (torch.min(ay1, by1) - torch.max(ay0, by0)).clamp(min=0))
-    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - intersection
-    hull = (torch.max(ax1, bx1) - torch.min(ax0, bx0)) * (torch.max(ay1, by1) - torch.min(ay0, by0))
-    return intersection / (union + eps) - (hull - union) / (hull + eps)
-
-
-# ---------------------------------------------------------------------------------------------
-# 3. Noise (Sec. 4.3): everything from here to section 5 is the paper's contribution
-# ---------------------------------------------------------------------------------------------
-
-
-def check_noise(name, value):
-    """Raise ValueError unless a noise knob is in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}, it must be in [0, 1]: 0 is no noise, and above 1 a centre "
-                         "leaves its box, a size turns negative, a chance exceeds certainty")
-
+# ---- 2. Noise (Sec. 4.3) -------------------------------------------------------------------------
+# Sections 2 to 4 are the paper's contribution.
 
 def noise_labels(labels, num_classes, label_noise, generator=None):
-    """Labels [K] (long, 0..C-1) with each one redrawn with probability gamma = `label_noise`.
+    """Redraw each of the labels [K] (long, in 0..C-1) with probability gamma = `label_noise`.
 
-    The new label is drawn from all C classes, so it may be the old one again: the rate at which
-    labels really change is gamma * (1 - 1/C). Never draws the "unknown" row C of the embedding.
-    Inputs are left alone. Raises ValueError for a gamma outside [0, 1].
+    A redrawn label is uniform over all C classes, so it may be the same one again: labels change at the
+    rate gamma * (1 - 1/C). Returns a new tensor. Raises ValueError if gamma is not in [0, 1].
     Sec. 4.3; in the authors' prepare_for_dn.
     """
-    check_noise("label_noise", label_noise)
-    redrawn = torch.rand(labels.shape, generator=generator, device=labels.device) < label_noise
-    drawn = torch.randint(num_classes, labels.shape, generator=generator, device=labels.device)
-    return torch.where(redrawn, drawn, labels)
+    if not 0 <= label_noise <= 1:
+        raise ValueError(f"label_noise is {label_noise}, it must be in [0, 1]")
+    is_redrawn = torch.rand(labels.shape, generator=generator, device=labels.device) < label_noise
+    random_labels = torch.randint(num_classes, labels.shape, generator=generator, device=labels.device)
+    return torch.where(is_redrawn, random_labels, labels)
 
 
 def noise_boxes(boxes, center_noise, size_noise, generator=None):
-    """Boxes [K, 4] (cxcywh in [0, 1]), each with its own uniform shift and scale, clamped to [0, 1] as
-    cx, cy, w, h: a corner may leave the image, as in the authors' code.
+    """Shift and scale each of the boxes [K, 4] (cxcywh in [0, 1]) at random.
 
-    While lambda_1 = `center_noise` < 1 the noised centre stays inside the true box: the copy can
-    still tell which object it was. Inputs are left alone. Raises ValueError for a lambda outside
-    [0, 1]. Sec. 4.3; in the authors' prepare_for_dn.
+    With lambda_1 = `center_noise` < 1 the noised centre stays inside the true box, so the decoder can tell
+    which object is meant. Each of the four numbers is clamped to [0, 1]; a corner may still leave the image.
+    Returns a new tensor. Raises ValueError if a scale is not in [0, 1]: above 1, a centre may leave its box
+    and a side may turn negative. Sec. 4.3; in the authors' prepare_for_dn.
     """
-    check_noise("center_noise", center_noise)
-    check_noise("size_noise", size_noise)
+    if not (0 <= center_noise <= 1 and 0 <= size_noise <= 1):
+        raise ValueError(f"center_noise is {center_noise} and size_noise is {size_noise}, not both in [0, 1]")
     uniform = torch.rand(boxes.shape, generator=generator, device=boxes.device, dtype=boxes.dtype) * 2 - 1
-    center, size = boxes.split(2, dim=-1)                            # [K, 2] each
+    centers, sizes = boxes.split(2, dim=-1)                                          # [K, 2] each
     # |dx| < lambda_1 w / 2  and  |dy| < lambda_1 h / 2
-    noised_center = center + uniform[:, :2] * center_noise * size / 2
-    # a new side in [(1 - lambda_2) w, (1 + lambda_2) w], and the same for h
-    noised_size = size + uniform[:, 2:] * size_noise * size
-    return torch.cat([noised_center, noised_size], dim=-1).clamp(0, 1)
+    noised_centers = centers + uniform[:, :2] * center_noise * sizes / 2
+    # noised w in [(1 - lambda_2) w, (1 + lambda_2) w], and the same for h
+    noised_sizes = sizes + uniform[:, 2:] * size_noise * sizes
+    return torch.cat([noised_centers, noised_sizes], dim=-1).clamp(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. Groups (Sec. 4.4): P copies of the objects, laid out in slots
-# ---------------------------------------------------------------------------------------------
-
+# ---- 3. Groups, slots, and the noised queries (Sec. 4.4, 4.5) ------------------------------------
 
 class DenoisingSlots(NamedTuple):
-    """Who came from whom: entry i says that decoder query `slot[i]` of image `image[i]` is a noised
-    copy of object `source[i]`. Objects count through the whole batch, image after image.
+    """Which query is a copy of which object: decoder query `slot[i]` of image `image[i]` is a noised copy
+    of object `source[i]`. Objects are counted through the whole batch, image after image.
 
-    Two images with 1 and 3 objects, a | b c d, in P = 2 groups of M = 3 slots (- is empty):
+    Every image has P groups of M slots, M being the object count of the fullest image. Two images with 1
+    and 3 objects, a | b c d, in P = 2 groups of M = 3 slots (- is an empty slot):
 
         image 0    a - -  a - -        image  0 1 1 1  0 1 1 1
         image 1    b c d  b c d        slot   0 0 1 2  3 3 4 5
-                   g 0    g 1          source 0 1 2 3  0 1 2 3
+                   group0 group1       source 0 1 2 3  0 1 2 3
     """
     num_groups: int   # P
     group_size: int   # M
     image: Tensor     # [P*K] long
-    slot: Tensor      # [P*K] long, 0 .. P*M-1
-    source: Tensor    # [P*K] long, 0 .. K-1
-    is_real: Tensor   # [B, P*M] bool, False = empty slot
+    slot: Tensor      # [P*K] long, in 0 .. P*M-1
+    source: Tensor    # [P*K] long, in 0 .. K-1
+    is_real: Tensor   # [B, P*M] bool, False for an empty slot
 
 
-def assign_slots(counts, num_groups, max_queries=0, size_multiple=1, device=None):
-    """DenoisingSlots for images that hold `counts` objects (list of int).
+def assign_slots(counts, num_groups, max_queries=0, device=None):
+    """DenoisingSlots on `device` for images that hold `counts` objects (list of int, one per image).
 
-    `max_queries` > 0 lowers P until P*M fits, but not below 1. `size_multiple` rounds M up.
-    Raises ValueError for negative numbers or no images. Sec. 4.4; authors: prepare_for_dn.
+    `max_queries` > 0 lowers the number of groups until P*M fits, but not below 1 (D3). Raises ValueError
+    for a negative number or an empty batch. Sec. 4.4; in the authors' prepare_for_dn.
     """
-    if not counts or min(num_groups, max_queries, *counts) < 0 or size_multiple < 1:
-        raise ValueError(f"num_groups {num_groups}, max_queries {max_queries} and counts {list(counts)} must "
-                         f"not be negative, counts not empty, size_multiple {size_multiple} at least 1")
-    group_size = math.ceil(max(counts) / size_multiple) * size_multiple              # M
+    if not counts or min(num_groups, max_queries, *counts) < 0:
+        raise ValueError(f"num_groups {num_groups}, max_queries {max_queries} and counts {list(counts)} "
+                         "must not be negative, and there must be at least one image")
+    group_size = max(counts)                                                         # M
     if max_queries and group_size:
         num_groups = min(num_groups, max(1, max_queries // group_size))              # P
-    # Index arithmetic happens on the CPU: an accelerator would have to tell us sizes, and wait.
-    counts = torch.tensor(counts)
-    image = torch.arange(len(counts)).repeat_interleave(counts)          # [K]  counts 1, 3 -> 0 1 1 1
-    first_of_image = counts.cumsum(0) - counts                                       # [B]  0 1
-    within_image = torch.arange(len(image)) - first_of_image[image]                  # [K]  0 0 1 2
-    first_slot = torch.arange(num_groups)[:, None] * group_size                      # [P, 1]
-    slot = (first_slot + within_image).flatten()                                     # [P*K]
-    image = image.repeat(num_groups)                                                 # [P*K]
-    source = torch.arange(len(within_image)).repeat(num_groups)                      # [P*K]
-    is_real = torch.zeros(len(counts), num_groups * group_size, dtype=torch.bool)    # [B, P*M]
-    is_real[image, slot] = True
-    tensors = (tensor.to(device, non_blocking=True) for tensor in (image, slot, source, is_real))
-    return DenoisingSlots(num_groups, group_size, *tensors)
+    # Within a group, an image's objects fill its first slots. On the right: the example above. This is
+    # computed on the CPU: on a GPU, nonzero would have to send the size of its output to the host.
+    is_filled = torch.arange(group_size) < torch.tensor(counts)[:, None]             # [B, M]
+    image, rank = is_filled.nonzero(as_tuple=True)                                   # [K]  0 1 1 1, 0 0 1 2
+    # The copy in group g stands g * M slots further on.
+    slot = (torch.arange(num_groups)[:, None] * group_size + rank).flatten()         # [P*K] 0 0 1 2 3 3 4 5
+    source = torch.arange(len(image)).repeat(num_groups)                             # [P*K] 0 1 2 3 0 1 2 3
+    tensors = image.repeat(num_groups), slot, source, is_filled.repeat(1, num_groups)
+    return DenoisingSlots(num_groups, group_size, *(to_device(tensor, device) for tensor in tensors))
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. Attention mask (Eq. 7)
-# ---------------------------------------------------------------------------------------------
+def denoising_queries(targets, label_embedding, config):
+    """The noised queries of a batch: slots, content [B, P*M, D], anchor logits [B, P*M, 4].
 
+    `targets` as in DNDETR (section 9). `label_embedding` [C + 1, D - 1] has a row for each class, and a last
+    row for queries of unknown class, the learned ones. Sec. 4.3-4.5; authors: prepare_for_dn.
+    """
+    # 1. All objects of the batch in a row, and slots for their copies.
+    device = label_embedding.weight.device
+    labels, boxes = flatten_targets(targets, device)                                 # [K], [K, 4]
+    counts = [len(target["labels"]) for target in targets]
+    slots = assign_slots(counts, config.dn_groups, config.dn_max_queries, device)
+    # 2. Noise, drawn for every copy separately.
+    labels = noise_labels(labels[slots.source], config.num_classes, config.label_noise)    # [P*K]
+    boxes = noise_boxes(boxes[slots.source], config.center_noise, config.size_noise)       # [P*K, 4]
+    # 3. The label becomes the content, the box becomes the anchor (as logits, see section 5). The last
+    #    number of a content is the indicator: 1 in a denoising query, 0 in a matching query (Sec. 4.5).
+    content = F.pad(label_embedding(labels), (0, 1), value=1.0)                      # [P*K, D]
+    anchor_logits = inverse_sigmoid(boxes)                                           # [P*K, 4]
+    # 4. Copy i moves to slot[i] of image[i]: [B, P*M, D] and [B, P*M, 4]. Empty slots stay zero; section 4
+    #    blocks them.
+    where = slots.image, slots.slot
+    content = content.new_zeros(*slots.is_real.shape, config.hidden_dim).index_put(where, content)
+    anchor_logits = boxes.new_zeros(*slots.is_real.shape, 4).index_put(where, anchor_logits)
+    return slots, content, anchor_logits
+
+
+# ---- 4. Attention mask (Sec. 4.4, Eq. 7) ---------------------------------------------------------
 
 def dn_attention_mask(num_groups, group_size, num_queries, device=None):
-    """bool [Q, Q], Q = P*M + N, denoising queries first; True = this row may not look at that column.
+    """bool [Q, Q], Q = P*M + N, denoising queries first. True: this row may not attend to that column.
 
-    P = 2 groups (0, 1) of M = 2, N = 3 matching queries (m):
+    P = 2 groups (0 and 1) of M = 2 slots, then N = 3 matching queries (m):
 
               0 0 1 1 m m m
-            0 . . x x . . .       a copy sees its own group and the matching queries,
-            0 . . x x . . .       which know nothing that it may not know
-            1 x x . . . . .       another group would show it the same object with other noise:
-            1 x x . . . . .       the average of the two is nearly the answer
-            m x x x x . . .       matching queries would read the answer off the copies, and
-            m x x x x . . .       fail at inference, when there are none
-            m x x x x . . .
+            0 . . x x . . .       A copy may attend to its own group, and to the matching queries,
+            0 . . x x . . .       which hold no ground truth.
+            1 x x . . . . .       It may not attend to another group: averaging several noised copies
+            1 x x . . . . .       of an object would reveal the object.
+            m x x x x . . .       Matching queries may attend to no copy. They would copy the answer
+            m x x x x . . .       instead of finding it, and fail at inference, where there are no
+            m x x x x . . .       copies.
 
-    Queries meet in self-attention only, so the mask is needed there and nowhere else. Eq. 7 with
-    a_ij = 1 as True, which is also the meaning in torch.nn.MultiheadAttention (but the opposite of
-    scaled_dot_product_attention). Raises ValueError for negative sizes. Authors: prepare_for_dn.
+    The mask is needed in self-attention only, because queries meet nowhere else. It is Eq. 7, where
+    a_ij = 1 means blocked, as in torch.nn.MultiheadAttention (scaled_dot_product_attention has it the
+    other way round). Raises ValueError for negative sizes. In the authors' prepare_for_dn.
     """
     if min(num_groups, group_size, num_queries) < 0:
         raise ValueError(f"num_groups {num_groups}, group_size {group_size} and num_queries {num_queries} "
@@ -299,92 +266,92 @@ def dn_attention_mask(num_groups, group_size, num_queries, device=None):
     num_denoising = num_groups * group_size
     query = torch.arange(num_denoising + num_queries, device=device)
     is_denoising = query < num_denoising
-    # Matching queries get a number that is no denoising query's group. (M is 0 in an empty batch.)
+    # Denoising query q is in group q // M. Matching queries get P, the number of no group.
     group = torch.where(is_denoising, query // max(group_size, 1), num_groups)
+    # a_ij = 1 if j is a denoising query and i is not in the same group               (Eq. 7)
     return is_denoising[None, :] & (group[:, None] != group[None, :])                # [Q, Q]
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. Positions
-# ---------------------------------------------------------------------------------------------
+def query_mask(slots, num_queries):
+    """bool [B, 1, Q, Q] (1: for all heads): Eq. 7, and empty slots are blocked for every query (D1)."""
+    mask = dn_attention_mask(slots.num_groups, slots.group_size, num_queries, slots.is_real.device)
+    is_empty = F.pad(~slots.is_real, (0, num_queries))                               # [B, Q]
+    return (mask | is_empty[:, None])[:, None]
+
+
+# ---- 5. Anchors and positions --------------------------------------------------------------------
+# The paper's contribution ends here. The rest is DAB-DETR.                                        [DN]
+
+def inverse_sigmoid(x, eps=1e-3):
+    """The logit of x in [0, 1], within +-6.9.
+
+    Anchors are stored and refined as logits, box <- sigmoid(inverse_sigmoid(box) + delta), so that every box
+    stays in [0, 1]. eps is part of the trained model: the authors' weights expect 1e-3.
+    """
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 def sine_encoding(coordinates, width, temperature, frequency=1.0):
-    """[..., n] numbers in [0, 1] -> [..., n * width], sines and cosines interleaved.
-    Authors: gen_sineembed_for_position."""
-    exponent = torch.arange(0, width, 2, dtype=torch.float32, device=coordinates.device) / width
-    angle = coordinates[..., None] * (2 * math.pi * frequency) / temperature ** exponent
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
+    """Encode each coordinate in [0, 1] by `width` sines and cosines: [..., n] -> [..., n * width].
 
-
-def pixel_coordinates(padding, cell_centers=False):
-    """Padding [B, H, W] (True = padding) -> (y, x) of every cell in (0, 1], [B, H, W, 2]; meaningless
-    where padded, which nobody looks at. Authors: position_encoding.py.
-
-    Counts valid cells only, so that 1 is the image's own last row and column, whatever the padding.
-    The authors take a cell's far corner; on an 8x8 map its centre is a sixteenth of the image away.
+    For i = 0, 2, 4, ..., width - 2 the numbers i and i + 1 of the encoding of x are
+        sin and cos of  2 pi f x / T^(i / width),   f = `frequency`, T = `temperature`.
+    The dot product of two encodings is largest where the coordinates are equal, which is how attention
+    finds a place. Authors: gen_sineembed_for_position, PositionEmbeddingSineHW.
     """
-    valid = (~padding).float()
-    y, x = valid.cumsum(1), valid.cumsum(2)
+    exponent = torch.arange(0, width, 2, dtype=torch.float32, device=coordinates.device) / width
+    angle = coordinates[..., None] * (2 * math.pi * frequency) / temperature ** exponent  # [..., n, width/2]
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)                    # [..., n * width]
+
+
+def pixel_coordinates(cell_padding, cell_centers=False):
+    """(y, x) in (0, 1] of every feature cell: padding [B, h, w] (True = padding) -> [B, h, w, 2].
+
+    Only valid cells are counted, so that 1 is the border of the image and not of the padding. The authors
+    place a cell at its far corner; `cell_centers` places it at its centre.
+    """
+    valid = (~cell_padding).float()
+    y, x = valid.cumsum(1), valid.cumsum(2)                                          # 1, 2, 3, ...
     shift = 0.5 if cell_centers else 0.0
     return torch.stack([(y - shift) / (y[:, -1:, :] + 1e-6), (x - shift) / (x[:, :, -1:] + 1e-6)], dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------
-# 7. Backbone and encoder: image -> tokens
-# ---------------------------------------------------------------------------------------------
-
-
-class FrozenBatchNorm(nn.Module):
-    """torchvision.ops.FrozenBatchNorm2d, [B, C, H, W] -> the same, that works in place and in its
-    input's dtype: under autocast theirs turns bfloat16 into float32, for twice the memory."""
-
-    def __init__(self, num_features, eps=1e-5):
-        super().__init__()
-        self.eps = eps
-        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
-            self.register_buffer(name, torch.full((num_features,), float(value)))
-
-    def forward(self, x):
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x.mul_(scale[:, None, None].to(x.dtype)).add_(shift[:, None, None].to(x.dtype))
-
+# ---- 6. From image to tokens: backbone and encoder -----------------------------------------------
 
 def build_backbone(config):
-    """Image [B, 3, H, W] -> features [B, channels, H/stride, W/stride]; returns (module, channels), with
-    random weights: pretrained ones are loaded by the caller."""
+    """(module, channels): images [B, 3, H, W] -> features [B, channels, H / stride, W / stride].
+
+    Weights are random; pretrained ones are loaded by the caller.
+    """
     if config.backbone == "small":
         return small_backbone(config.small_widths), config.small_widths[-1]
-    norm = FrozenBatchNorm if config.frozen_norm else nn.BatchNorm2d
-    network = get_model(config.backbone, weights=None, norm_layer=norm,
-                        replace_stride_with_dilation=[False, False, config.dilation])
-    channels = network.fc.in_features
+    network = get_model(config.backbone, replace_stride_with_dilation=[False, False, config.dilation],
+                        norm_layer=FrozenBatchNorm2d if config.frozen_norm else nn.BatchNorm2d)
     if config.frozen_norm:
-        # Frozen statistics promise pretrained weights, whose first stages are good as they are (DETR).
-        for stage in (network.conv1, network.layer1):
-            stage.requires_grad_(False)
-    stages = OrderedDict(network.named_children())
-    del stages["avgpool"], stages["fc"]
-    return nn.Sequential(stages), channels
+        # Frozen statistics need pretrained weights. As in DETR, the first two stages are not trained further.
+        network.conv1.requires_grad_(False)
+        network.layer1.requires_grad_(False)
+    *stages, _, _ = network.named_children()                  # all but the average pooling and the classifier
+    return nn.Sequential(OrderedDict(stages)), network.fc.in_features
 
 
 def small_backbone(widths):
-    """[B, 3, H, W] -> [B, widths[-1], *, *], half the resolution after every width. A convolution and
-    residual blocks with live batch norm: learns from random weights in minutes."""
-    layers = [nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
-    for narrow, wide in pairwise(widths):
-        shortcut = nn.Sequential(nn.Conv2d(narrow, wide, 1, 2, bias=False), nn.BatchNorm2d(wide))
-        layers.append(resnet.BasicBlock(narrow, wide, stride=2, downsample=shortcut))
+    """[B, 3, H, W] -> [B, widths[-1], h, w]: for every width two 3 x 3 convolutions with batch norm and ReLU,
+    the first of which halves the resolution. Three widths are a stride of 8."""
+    layers = []
+    for inputs, outputs in pairwise((3, *widths)):
+        # Kernel size 3; stride 2, then 1.
+        layers += [Conv2dNormActivation(inputs, outputs, 3, 2), Conv2dNormActivation(outputs, outputs, 3, 1)]
     return nn.Sequential(*layers)
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them: MLP(D, D, 4) has two, [..., D] -> [..., 4]."""
+    """Linear layers with ReLU between them. MLP(D, D, 4) has two: [..., D] -> [..., 4]."""
 
-    def __init__(self, *sizes):
+    def __init__(self, *widths):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(*ends) for ends in pairwise(sizes))
+        self.layers = nn.ModuleList(nn.Linear(*ends) for ends in pairwise(widths))
 
     def forward(self, x):
         for layer in self.layers[:-1]:
@@ -392,204 +359,186 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-class FeedForward(nn.Module):
-    """The second half of every layer, each token by itself: [B, *, D] -> [B, *, D]."""
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """torch's layer, with positions that are added to queries and keys, and not to values: tokens and
+    positions [B, S, D], token_padding bool [B, S] or None -> [B, S, D]."""
 
-    def __init__(self, config):
-        super().__init__()
-        self.linear1 = nn.Linear(config.hidden_dim, config.dim_feedforward)
-        self.activation = ACTIVATIONS[config.activation]()
-        self.linear2 = nn.Linear(config.dim_feedforward, config.hidden_dim)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x):
-        return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
-
-
-class EncoderLayer(nn.Module):
-    """Image tokens attend to each other; positions go into queries and keys, not into values.
-    x and positions [B, S, D], padding bool [B, S] or None -> [B, S, D]."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.self_attention = nn.MultiheadAttention(config.hidden_dim, config.num_heads,
-                                                    dropout=config.dropout, batch_first=True)
-        self.dropout = nn.Dropout(config.dropout)
-        self.feed_forward = FeedForward(config)
-        self.norm1, self.norm2 = nn.LayerNorm(config.hidden_dim), nn.LayerNorm(config.hidden_dim)
-
-    def forward(self, x, positions, padding):
-        placed = x + positions
-        attended, _ = self.self_attention(placed, placed, x, key_padding_mask=padding, need_weights=False)
-        x = self.norm1(x + self.dropout(attended))
-        return self.norm2(x + self.feed_forward(x))
+    def forward(self, tokens, positions, token_padding):
+        query = key = tokens + positions
+        attended, _ = self.self_attn(query, key, tokens, key_padding_mask=token_padding, need_weights=False)
+        tokens = self.norm1(tokens + self.dropout1(attended))
+        hidden = self.linear2(self.dropout(self.activation(self.linear1(tokens))))
+        return self.norm2(tokens + self.dropout2(hidden))
 
 
 class Encoder(nn.Module):
-    """[B, S, D] tokens -> [B, S, D]. Before every layer the positions are rescaled by what the token
-    sees now, feature by feature."""
+    """All encoder layers: [B, S, D] -> [B, S, D]. Before each of them, the position encoding is multiplied by
+    a function of the token's current features."""
 
     def __init__(self, config):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(config.hidden_dim, config.num_heads, config.dim_feedforward, config.dropout,
+                         ACTIVATIONS[config.activation](), batch_first=True)
+            for _ in range(config.num_encoder_layers))
         if self.layers:
             self.position_scale = MLP(config.hidden_dim, config.hidden_dim, config.hidden_dim)
 
-    def forward(self, x, positions, padding):
+    def forward(self, tokens, positions, token_padding):
         for layer in self.layers:
-            x = layer(x, positions * self.position_scale(x), padding)
-        return x
+            tokens = layer(tokens, positions * self.position_scale(tokens), token_padding)
+        return tokens
 
 
-# ---------------------------------------------------------------------------------------------
-# 8. Decoder layer
-# ---------------------------------------------------------------------------------------------
-
+# ---- 7. Decoder layer ----------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head attention over projected inputs. Keys may be wider than values (cross-attention)."""
+    """Multi-head attention over inputs that are already projected."""
 
     def __init__(self, config):
         super().__init__()
-        self.num_heads = config.num_heads
-        self.dropout = config.dropout
+        self.num_heads, self.dropout = config.num_heads, config.dropout
         self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
 
     def forward(self, query, key, value, blocked=None):
-        """[B, Q, E], [B, S, E], [B, S, D], blocked broadcastable to [B, 1, Q, S] -> [B, Q, D]."""
+        """query [B, Q, D] and key [B, S, D] (2 D wide in cross-attention), value [B, S, D], blocked bool,
+        broadcastable to [B, heads, Q, S] -> [B, Q, D]."""
         query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)   # [B, heads, *, *]
                              for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=None if blocked is None else ~blocked,      # SDPA: True = look
-            dropout_p=self.dropout if self.training else 0.0)
+        allowed = None if blocked is None else ~blocked
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, allowed, dropout)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
-    """Queries talk to each other, then look at the image (conditional cross-attention), then think."""
+    """Queries exchange information (self-attention), read the image (cross-attention), and each processes
+    what it has got (feed-forward). This is Conditional DETR's layer, as in DAB-DETR."""
 
     def __init__(self, config, is_first):
         super().__init__()
-        width = config.hidden_dim
-        self.num_heads = config.num_heads
+        width, self.num_heads = config.hidden_dim, config.num_heads
         # Content ("what") and position ("where") have projections of their own.
         self.self_query_content, self.self_query_position = nn.Linear(width, width), nn.Linear(width, width)
         self.self_key_content, self.self_key_position = nn.Linear(width, width), nn.Linear(width, width)
         self.self_value = nn.Linear(width, width)
-        self.self_attention = Attention(config)
+        self.self_attn = Attention(config)
 
         self.cross_query_content, self.cross_query_sine = nn.Linear(width, width), nn.Linear(width, width)
         self.cross_key_content, self.cross_key_position = nn.Linear(width, width), nn.Linear(width, width)
         self.cross_value = nn.Linear(width, width)
-        self.cross_attention = Attention(config)
-        # In the first layer the content says nothing yet, so position is added to it.
+        self.cross_attn = Attention(config)
+        # In the first layer, where the content has seen nothing yet, the position is added to it.
         self.cross_query_position = nn.Linear(width, width) if is_first else None
 
-        self.feed_forward = FeedForward(config)
+        self.linear1 = nn.Linear(width, config.dim_feedforward)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.linear2 = nn.Linear(config.dim_feedforward, width)
         self.dropout = nn.Dropout(config.dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
-    def forward(self, x, query_position, query_sine, memory, memory_position, blocked, padding):
-        """x, query_position, query_sine [B, Q, D]; memory, memory_position [B, S, D];
-        blocked [B, 1, Q, Q] or None: who may not see whom; padding [B, 1, 1, S] or None."""
-        # Self-attention, masked (section 5).
-        query = self.self_query_content(x) + self.self_query_position(query_position)
-        key = self.self_key_content(x) + self.self_key_position(query_position)
-        x = self.norm1(x + self.dropout(self.self_attention(query, key, self.self_value(x), blocked)))
+    def forward(self, content, query_position, query_sine, memory, memory_position, blocked, token_padding):
+        """content, query_position and query_sine (encodings of the whole anchor and of its centre, section 8)
+        [B, Q, D]; memory (the image tokens) and memory_position [B, S, D]; blocked bool [B, 1, Q, Q] or None
+        (section 4); token_padding bool [B, S] or None -> content [B, Q, D]."""
+        # Self-attention: query and key are content + position. `blocked` acts here and nowhere else.
+        query = self.self_query_content(content) + self.self_query_position(query_position)
+        key = self.self_key_content(content) + self.self_key_position(query_position)
+        attended = self.self_attn(query, key, self.self_value(content), blocked)
+        content = self.norm1(content + self.dropout(attended))
 
-        # Cross-attention: content and sine halves stay apart in every head, so that their products
-        # add up to "looks right" + "is in the right place".
-        query, key = self.cross_query_content(x), self.cross_key_content(memory)
+        # Cross-attention: content and position are concatenated, not added, so that in every head
+        #     score = content . content + position . position = "looks right" + "is in the right place"
+        query, key = self.cross_query_content(content), self.cross_key_content(memory)
         key_position = self.cross_key_position(memory_position)
         if self.cross_query_position is not None:
             query, key = query + self.cross_query_position(query_position), key + key_position
-        query = self.join_heads(query, self.cross_query_sine(query_sine))            # [B, Q, 2D]
-        key = self.join_heads(key, key_position)                                     # [B, S, 2D]
-        attended = self.cross_attention(query, key, self.cross_value(memory), padding)
-        x = self.norm2(x + self.dropout(attended))
-        return self.norm3(x + self.feed_forward(x))
+        query = self.concatenate_heads(query, self.cross_query_sine(query_sine))     # [B, Q, 2D]
+        key = self.concatenate_heads(key, key_position)                              # [B, S, 2D]
+        blocked_tokens = None if token_padding is None else token_padding[:, None, None]     # [B, 1, 1, S]
+        attended = self.cross_attn(query, key, self.cross_value(memory), blocked_tokens)
+        content = self.norm2(content + self.dropout(attended))
 
-    def join_heads(self, content, position):
-        """Two [B, *, D] -> [B, *, 2D] in which each head holds its content, then its position."""
-        heads = (x.unflatten(-1, (self.num_heads, -1)) for x in (content, position))
-        return torch.cat(list(heads), dim=-1).flatten(-2)
+        hidden = self.linear2(self.dropout(self.activation(self.linear1(content))))
+        return self.norm3(content + self.dropout(hidden))
+
+    def concatenate_heads(self, content, position):
+        """Two [B, *, D] -> [B, *, 2D], in which each head has its content, then its position."""
+        heads = [x.unflatten(-1, (self.num_heads, -1)) for x in (content, position)]
+        return torch.cat(heads, dim=-1).flatten(-2)
 
 
-# ---------------------------------------------------------------------------------------------
-# 9. Decoder: anchors, refined layer by layer (DAB-DETR)
-# ---------------------------------------------------------------------------------------------
-
+# ---- 8. Decoder: anchors, refined layer by layer (DAB-DETR) --------------------------------------
 
 class Decoder(nn.Module):
-    """A query is an anchor box (where to look) and a content vector (what was found there)."""
+    """All decoder layers. Each reads the image at its anchors, then corrects them for the next one."""
 
     def __init__(self, config):
         super().__init__()
         self.config, width = config, config.hidden_dim
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, is_first=index == 0) for index in range(config.num_decoder_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, is_first=index == 0)
+                                    for index in range(config.num_decoder_layers))
         self.norm = nn.LayerNorm(width)
-        self.anchor_mlp = MLP(2 * width, width, width)      # sine of a whole anchor -> its position query
-        self.position_scale = MLP(width, width, width)      # content decides which frequencies matter
-        self.reference_size = MLP(width, width, 2)          # content decides how wide and high to look
+        self.anchor_mlp = MLP(2 * width, width, width)      # encoding of an anchor -> query_position
+        self.position_scale = MLP(width, width, width)      # content -> weight of each sine and cosine
+        self.reference_size = MLP(width, width, 2)          # content -> (w_ref, h_ref)
 
-    def forward(self, x, anchor_logits, memory, memory_position, blocked, padding, box_head):
-        """x [B, Q, D], anchor_logits [B, Q, 4], memory, memory_position, blocked and padding as in
-        DecoderLayer -> normed outputs [L, B, Q, D] and, for each layer, the anchors it started from
-        [L, B, Q, 4] (cxcywh in [0, 1])."""
+    def forward(self, content, anchor_logits, memory, memory_position, blocked, token_padding, box_head):
+        """content [B, Q, D], anchor_logits [B, Q, 4], box_head (section 9), the rest as in DecoderLayer
+        -> normalised outputs [L, B, Q, D], and the anchors that each layer started from, [L, B, Q, 4]."""
         anchors = anchor_logits.float().sigmoid()
-        outputs, starts = [], [anchors]
+        outputs, anchors_per_layer = [], [anchors]
         for index, layer in enumerate(self.layers):
-            query_position, query_sine = self.encode_anchors(anchors, x, is_first=index == 0)
-            x = layer(x, query_position, query_sine, memory, memory_position, blocked, padding)
-            outputs.append(self.norm(x))
+            query_position, query_sine = self.encode_anchors(anchors, content, is_first=index == 0)
+            content = layer(content, query_position, query_sine, memory, memory_position,
+                            blocked, token_padding)
+            outputs.append(self.norm(content))
             if index < len(self.layers) - 1:
-                refined = (box_head(x).float() + inverse_sigmoid(anchors)).sigmoid()
-                # As in the authors' code, the head sees x here and norm(x) in DNDETR.forward: the next
-                # layer starts near, not exactly at, the box that this layer predicts. It looks from a
-                # detached copy, so that its attention can't steer this layer, but its box is this
-                # start plus an offset, and through `starts` its loss does reach this layer.
+                # box <- sigmoid(inverse_sigmoid(box) + delta). Here delta is computed from `content`, and in
+                # DNDETR.forward from norm(content), as in the authors' code.
+                refined = (box_head(content).float() + inverse_sigmoid(anchors)).sigmoid()
+                # Without detach, a layer would be trained to choose where later layers look. The prediction
+                # of the next layer, which adds to `refined`, does reach this layer.
                 anchors = refined.detach()
-                starts.append(refined)
-        return torch.stack(outputs), torch.stack(starts)
+                anchors_per_layer.append(refined)
+        return torch.stack(outputs), torch.stack(anchors_per_layer)
 
-    def encode_anchors(self, anchors, x, is_first):
-        """Anchors [B, Q, 4], content x [B, Q, D] -> position queries for self- and cross-attention,
-        [B, Q, D] each."""
-        config = self.config
-        sine = sine_encoding(anchors[..., [1, 0, 2, 3]], config.hidden_dim // 2,     # y, x, w, h
-                             config.anchor_temperature, config.position_frequency)   # [B, Q, 2D]
-        center_sine = sine[..., :config.hidden_dim]                                  # y, x  [B, Q, D]
+    def encode_anchors(self, anchors, content, is_first):
+        """anchors [B, Q, 4] and content [B, Q, D] -> query_position for self-attention and query_sine for
+        cross-attention, both [B, Q, D]. DAB-DETR, Sec. 4.2 to 4.4."""
+        width = self.config.hidden_dim
+        # query_position = MLP(PE(cy, cx, w, h)): where the anchor is, and how large
+        sine = sine_encoding(anchors[..., [1, 0, 2, 3]], width // 2, self.config.anchor_temperature,
+                             self.config.position_frequency)                         # [B, Q, 2D]
+        query_position = self.anchor_mlp(sine)                                       # [B, Q, D]
+        # query_sine = PE(cy, cx), to be compared with PE(y, x) of every image token. After the first layer,
+        # the content decides which frequencies count.
+        query_sine = sine[..., :width]                                               # [B, Q, D]
         if not is_first:
-            center_sine = center_sine * self.position_scale(x)
-        # Width- and height-modulated attention (DAB-DETR Sec. 4.4): dividing by the anchor's width
-        # flattens the attention along x, so that wide anchors look wide.
-        looked_for = self.reference_size(x).float().sigmoid()                        # w, h  [B, Q, 2]
-        modulation = (looked_for / anchors[..., 2:]).flip(-1)       # h, w: the sine has y before x
-        center_sine = center_sine * modulation.repeat_interleave(config.hidden_dim // 2, dim=-1)
-        return self.anchor_mlp(sine), center_sine
+            query_sine = query_sine * self.position_scale(content)
+        # Modulated attention: score = PE(x) . PE(cx) * w_ref / w + PE(y) . PE(cy) * h_ref / h
+        # The larger w, the flatter the score along x: a wide anchor looks over a wide area.
+        reference_size = self.reference_size(content).float().sigmoid()              # w_ref, h_ref
+        height_then_width = (reference_size / anchors[..., 2:]).flip(-1)             # as y comes before x
+        return query_position, query_sine * height_then_width.repeat_interleave(width // 2, dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------
-# 10. The model
-# ---------------------------------------------------------------------------------------------
-
+# ---- 9. The model --------------------------------------------------------------------------------
 
 class DNDETR(nn.Module):
-    """images [B, 3, H, W] (float, normalised), padding_mask bool [B, H, W] (True = padding) and, in
-    training, targets -> dict of predictions.
+    """images [B, 3, H, W] (float, normalised), padding_mask bool [B, H, W] (True = padding) and, in training,
+    targets -> dict of predictions.
 
-    targets: one dict per image, {"labels": long [n] in 0..C-1, "boxes": float [n, 4] cxcywh in
-    [0, 1]}; n may be 0; they may stay on the CPU. Denoising runs exactly when targets are given, the
-    model is in training mode (which also makes live batch norm use batch statistics) and dn_groups > 0.
+    targets: a dict for each image, {"labels": long [n] in 0..C-1, "boxes": float [n, 4], cxcywh in [0, 1]}
+    for its n objects. n may be 0, and the tensors may stay on the CPU.
+    Denoising runs if targets are given, the model is in training mode, and dn_groups > 0.       [DN]
 
-    Returns pred_logits [B, N, C] and pred_boxes [B, N, 4] (cxcywh in [0, 1]) of the last layer's
-    matching queries, all_logits and all_boxes [L, B, N, ...] of every layer; with denoising also
-    dn_logits [L, B, P*M, C], dn_boxes [L, B, P*M, 4] and dn_slots (DenoisingSlots).
-    With num_patterns > 0, N is num_queries * num_patterns.
+    Returns pred_logits [B, N, C] and pred_boxes [B, N, 4] (cxcywh in [0, 1]) of the last layer, all_logits
+    and all_boxes [L, B, N, *] of every layer. With num_patterns > 0, N is num_queries * num_patterns.
+    With denoising, also dn_logits [L, B, P*M, C], dn_boxes [L, B, P*M, 4] and dn_slots.         [DN]
 
-    Raises ValueError for images, masks and (where denoising runs) targets of the wrong shape or type;
-    their values are checked as long as they are on the CPU. Sec. 4; authors: DABDETR.
+    Raises ValueError for images, masks or targets of a wrong shape or type, and for wrong values if they are
+    on the CPU. Sec. 4; authors: DABDETR.
     """
 
     def __init__(self, config):
@@ -601,375 +550,234 @@ class DNDETR(nn.Module):
         self.decoder = Decoder(config)
         self.class_head = nn.Linear(width, config.num_classes)
         self.box_head = MLP(width, width, width, 4)
-        self.anchors = nn.Embedding(config.num_queries, 4)                           # before the sigmoid
-        # One row per class for noised labels, and row C, "unknown", for the matching queries. One
-        # column is left free for the indicator (Sec. 4.5): 1 in a denoising query, 0 in a matching one.
-        self.label_embedding = nn.Embedding(config.num_classes + 1, width - 1)                   # [DN]
+        self.anchor_logits = nn.Embedding(config.num_queries, 4)
+        self.label_embedding = nn.Embedding(config.num_classes + 1, width - 1)                    # [DN]
         if config.num_patterns:
             self.patterns = nn.Embedding(config.num_patterns, width)
-        self.reset_parameters()
 
-    def reset_parameters(self):
         for parameter in [*self.encoder.parameters(), *self.decoder.parameters()]:
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        nn.init.constant_(self.class_head.bias, -math.log(99))    # every class starts at probability 0.01
-        nn.init.zeros_(self.box_head.layers[-1].weight)           # every box starts at its anchor
+        nn.init.constant_(self.class_head.bias, -math.log(99))   # every class starts at probability 0.01
+        nn.init.zeros_(self.box_head.layers[-1].weight)          # every prediction starts at its anchor
         nn.init.zeros_(self.box_head.layers[-1].bias)
-        if self.config.anchor_start == "grid":
-            with torch.no_grad():
-                self.anchors.weight.copy_(inverse_sigmoid(grid_anchors(self.config.num_queries)))
-        if self.config.local_start:
-            self.start_local()
-
-    @torch.no_grad()
-    def start_local(self):
-        """Sine parts of query and key start as one rotation (times 2: a sharper peak) and the scales of
-        positions as 1, so that scores, summed over the heads, are those of the encodings themselves:
-        largest at the anchor."""
-        for layer in self.decoder.layers:
-            nn.init.orthogonal_(layer.cross_key_position.weight, gain=2)
-            nn.init.zeros_(layer.cross_key_position.bias)
-            layer.cross_query_sine.load_state_dict(layer.cross_key_position.state_dict())
-        scales = [self.decoder.position_scale]
-        if self.encoder.layers:
-            scales.append(self.encoder.position_scale)
-        for scale in scales:
-            nn.init.zeros_(scale.layers[-1].weight)
-            nn.init.ones_(scale.layers[-1].bias)
 
     def forward(self, images, padding_mask=None, targets=None):
-        check_images(images, padding_mask, self.input_projection.weight.dtype)
-        memory, memory_position, padding = self.encode_image(images, padding_mask)
-        content, anchors = self.matching_queries(len(images))          # [B, N, D], [B, N, 4]
-        slots, blocked = None, None
-        if self.training and targets is not None and self.config.dn_groups:                      # [DN]
-            check_targets(targets, len(images), self.config.num_classes)                         # [DN]
-            slots, dn_content, dn_anchors = self.denoising_queries(targets, images.device)       # [DN]
-            blocked = self.blocked_queries(slots, content.shape[1])    # [B, 1, Q, Q]            # [DN]
-            content = torch.cat([dn_content, content], dim=1)          # [B, Q, D]               # [DN]
-            anchors = torch.cat([dn_anchors, anchors], dim=1)          # [B, Q, 4]               # [DN]
-        hidden, starts = self.decoder(content, anchors, memory, memory_position, blocked, padding,
-                                      self.box_head)
+        check_images(images, padding_mask)
+        # 1. The image becomes S tokens with positions, both [B, S, D].
+        memory, memory_position, token_padding = self.encode_image(images, padding_mask)
+        # 2. The learned queries, the same for every image: content [B, N, D] and anchor logits [B, N, 4].
+        content, anchor_logits = self.matching_queries(len(images))
+        blocked = None                                           # every query may attend to every other
+        # 3. In training, the noised copies come first: Q = P*M + N.                              [DN]
+        slots = None                                                                              # [DN]
+        if self.training and targets is not None and self.config.dn_groups:                       # [DN]
+            check_targets(targets, len(images), self.config.num_classes)                          # [DN]
+            slots, dn_content, dn_anchor_logits = denoising_queries(                              # [DN]
+                targets, self.label_embedding, self.config)                  # [B, P*M, *]        # [DN]
+            blocked = self.query_mask(slots, num_queries=content.shape[1])   # [B, 1, Q, Q]       # [DN]
+            content = torch.cat([dn_content, content], dim=1)                # [B, Q, D]          # [DN]
+            anchor_logits = torch.cat([dn_anchor_logits, anchor_logits], dim=1)  # [B, Q, 4]      # [DN]
+        # 4. Every decoder layer reads the image and refines the anchors: [L, B, Q, D] and [L, B, Q, 4].
+        hidden, anchors = self.decoder(content, anchor_logits, memory, memory_position, blocked,
+                                       token_padding, self.box_head)
+        # 5. All layers share the heads: class logits, and box = sigmoid(inverse_sigmoid(anchor) + delta).
         logits = self.class_head(hidden).float()                                     # [L, B, Q, C]
-        boxes = (self.box_head(hidden).float() + inverse_sigmoid(starts)).sigmoid()  # [L, B, Q, 4]
+        boxes = (self.box_head(hidden).float() + inverse_sigmoid(anchors)).sigmoid()     # [L, B, Q, 4]
         outputs = {}
-        if slots is not None:                                                                    # [DN]
-            num_denoising = slots.num_groups * slots.group_size        # P*M                     # [DN]
-            outputs["dn_logits"], logits = split_queries(logits, num_denoising)                  # [DN]
-            outputs["dn_boxes"], boxes = split_queries(boxes, num_denoising)                     # [DN]
-            outputs["dn_slots"] = slots                                                          # [DN]
+        if slots is not None:                                                                     # [DN]
+            num_denoising = slots.is_real.shape[1]                           # P*M                # [DN]
+            outputs["dn_slots"] = slots                                                           # [DN]
+            outputs["dn_logits"], logits = logits.tensor_split([num_denoising], dim=2)            # [DN]
+            outputs["dn_boxes"], boxes = boxes.tensor_split([num_denoising], dim=2)               # [DN]
         return outputs | {"pred_logits": logits[-1], "pred_boxes": boxes[-1],
                           "all_logits": logits, "all_boxes": boxes}
 
+    query_mask = staticmethod(query_mask)    # an attribute, so that an experiment can replace it # [DN]
+
     def encode_image(self, images, padding_mask):
-        """-> tokens [B, S, D], their positions [B, S, D], padding [B, 1, 1, S] (None: there is none)."""
+        """-> tokens [B, S, D], their positions [B, S, D], and token_padding bool [B, S] or None."""
         features = self.input_projection(self.backbone(images))                      # [B, D, h, w]
-        if padding_mask is None:
-            padding = features.new_zeros(features[:, 0].shape, dtype=torch.bool)
-        else:
-            # nearest pixel; [None] because interpolate wants channels, and the batch will do
-            padding = F.interpolate(padding_mask[None].float(), features.shape[-2:])[0].bool()
-        config = self.config
-        positions = sine_encoding(pixel_coordinates(padding, config.cell_centers), config.hidden_dim // 2,
-                                  config.image_temperature, config.position_frequency)
-        positions = positions.flatten(1, 2)                                          # [B, S, D]
-        padding = None if padding_mask is None else padding.flatten(1)               # [B, S]
-        memory = self.encoder(features.flatten(2).transpose(1, 2), positions, padding)
-        return memory, positions, None if padding is None else padding[:, None, None]
+        # Nearest neighbour, the default: a cell is padding if the pixel at its top left is. interpolate wants
+        # channels; [None] adds an axis and lets the batch take their place.
+        padding = torch.zeros_like(images[:, 0]) if padding_mask is None else padding_mask    # [B, H, W]
+        cell_padding = F.interpolate(padding[None].float(), features.shape[-2:])[0].bool()    # [B, h, w]
+        coordinates = pixel_coordinates(cell_padding, self.config.cell_centers)      # [B, h, w, 2]
+        positions = sine_encoding(coordinates, self.config.hidden_dim // 2, self.config.image_temperature,
+                                  self.config.position_frequency).flatten(1, 2)      # [B, S, D]
+        tokens = features.flatten(2).transpose(1, 2)                                 # [B, S, D]
+        # No mask without padding: attention is faster then.
+        token_padding = None if padding_mask is None else cell_padding.flatten(1)    # [B, S]
+        return self.encoder(tokens, positions, token_padding), positions, token_padding
 
     def matching_queries(self, batch_size):
-        """What DAB-DETR starts from, the same for every image: content [B, N, D], anchors [B, N, 4]
-        (before the sigmoid). DAB-DETR's content is zero, DN-DETR's is the word "unknown"."""
-        content = self.anchors.weight.new_zeros(self.config.hidden_dim)              # [D]
-        unknown = self.label_embedding.weight[self.config.num_classes]               # [D - 1]   # [DN]
-        content = F.pad(unknown, (0, 1), value=0.0)            # the indicator: 0    # [D]       # [DN]
+        """The learned queries: content [B, N, D] and anchor logits [B, N, 4]."""
+        anchor_logits = self.anchor_logits.weight                                    # [N, 4]
+        content = anchor_logits.new_zeros(self.config.hidden_dim)                    # [D], as in DAB-DETR
+        # Here it is the last row of the label embedding, "unknown", and the indicator 0.        [DN]
+        content = F.pad(self.label_embedding.weight[-1], (0, 1), value=0.0)                       # [DN]
         content = content.expand(self.config.num_queries, -1)                        # [N, D]
-        anchors = self.anchors.weight                                                # [N, 4]
         if self.config.num_patterns:
-            # all anchors with the first pattern, then all with the second ...
+            # All anchors with the first pattern, then all with the second one, ...
             content = (content + self.patterns.weight[:, None]).flatten(0, 1)
-            anchors = anchors.repeat(self.config.num_patterns, 1)
-        return content.expand(batch_size, -1, -1), anchors.expand(batch_size, -1, -1)
-
-    def denoising_queries(self, targets, device):                                                # [DN]
-        """-> slots, content [B, P*M, D], anchor logits [B, P*M, 4] of the noised objects."""
-        config = self.config                                                                     # [DN]
-        labels, boxes = concatenate_targets(targets, device)           # [K], [K, 4]             # [DN]
-        slots = assign_slots([len(target["labels"]) for target in targets], config.dn_groups,    # [DN]
-                             config.dn_max_queries, config.dn_size_multiple, device)             # [DN]
-        # Every copy draws noise of its own. [P*K], [P*K, 4]                                     # [DN]
-        labels = noise_labels(labels[slots.source], config.num_classes, config.label_noise)      # [DN]
-        boxes = noise_boxes(boxes[slots.source], config.center_noise, config.size_noise)         # [DN]
-        embedded = F.pad(self.label_embedding(labels), (0, 1), value=1.0)  # the indicator: 1    # [DN]
-        content = embedded.new_zeros(*slots.is_real.shape, config.hidden_dim)                    # [DN]
-        anchors = boxes.new_zeros(*slots.is_real.shape, 4)                                       # [DN]
-        where = (slots.image, slots.slot)                                                        # [DN]
-        return (slots, content.index_put(where, embedded),                                       # [DN]
-                anchors.index_put(where, inverse_sigmoid(boxes)))                                # [DN]
-
-    def blocked_queries(self, slots, num_queries):                                               # [DN]
-        """[B, 1, Q, Q]: the paper's mask, and empty slots hidden from everybody (D1)."""
-        blocked = dn_attention_mask(slots.num_groups, slots.group_size, num_queries,             # [DN]
-                                    device=slots.is_real.device)                                 # [DN]
-        is_empty = F.pad(~slots.is_real, (0, num_queries))             # [B, Q]                  # [DN]
-        return (blocked | is_empty[:, None])[:, None]                                            # [DN]
+            anchor_logits = anchor_logits.repeat(self.config.num_patterns, 1)
+        return content.expand(batch_size, -1, -1), anchor_logits.expand(batch_size, -1, -1)
 
     @classmethod
     def from_official(cls, checkpoint, **overrides):
-        """A DNDETR with the authors' weights, on the CPU. Section 14.
-
-        `checkpoint`: the path of a file as they release it, its dict, or a bare state dict. What its
-        shapes can't tell comes from `overrides` (fields of DNDETRConfig), else from the file's own
-        args, else is the paper's. Raises ValueError for a file that can't be read or isn't theirs, and
-        one that lists every tensor without a partner.
-        """
+        """A model with the authors' released weights: see load_official (section 14)."""
         return load_official(cls, checkpoint, overrides)
 
 
-def grid_anchors(num_queries, size=0.3):
-    """[N, 4] boxes of one size on a regular grid over the image (the last row may be incomplete)."""
-    columns = math.ceil(math.sqrt(num_queries))
-    rows = math.ceil(num_queries / columns)
-    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns,
-                          indexing="ij")
-    centers = torch.stack([x, y], dim=-1).flatten(0, 1)[:num_queries]
-    return F.pad(centers, (0, 2), value=size)
+# ---- 10. Matching: which query is responsible for which object -----------------------------------
+
+def to_device(tensor, device):
+    """Move a tensor without waiting for the GPU. Only for CUDA: elsewhere, `non_blocking` copies may be read
+    before they are complete (MPS, pytorch issue 139550)."""
+    return tensor.to(device, non_blocking=device is not None and torch.device(device).type == "cuda")
 
 
-def split_queries(x, num_denoising):                                                             # [DN]
-    """[L, B, Q, *] -> the denoising part [L, B, P*M, *] and the matching part [L, B, N, *]."""
-    return x[:, :, :num_denoising], x[:, :, num_denoising:]                                      # [DN]
-
-
-def concatenate_targets(targets, device):
+def flatten_targets(targets, device):
     """-> labels [K] and boxes [K, 4] of all objects of the batch, image after image, on `device`."""
-    return tuple(torch.cat([target[name] for target in targets]).to(device, non_blocking=True)
-                 for name in ("labels", "boxes"))
+    labels, boxes = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
+    return to_device(labels, device), to_device(boxes, device)
 
 
-def check_images(images, padding_mask, dtype=torch.float32):
-    """Raise ValueError unless images [B, 3, H, W] and mask [B, H, W] are what DNDETR wants. That an image
-    is all padding is noticed on the CPU only."""
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
-        raise ValueError("images must be float [B, 3, H, W], normalised as the backbone expects, "
-                         f"not {images.dtype} {list(images.shape)}")
-    if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
-        raise ValueError(f"images are {images.dtype} and the weights {dtype}: convert one of them")
-    if padding_mask is None:
-        return
-    expected = (images.shape[0], *images.shape[2:])
-    if padding_mask.shape != expected or padding_mask.dtype != torch.bool:
-        raise ValueError(f"padding_mask must be bool {list(expected)} for these images, "
-                         f"not {padding_mask.dtype} {list(padding_mask.shape)}")
-    if padding_mask.device.type == "cpu" and padding_mask.flatten(1).all(1).any():
-        index = int(padding_mask.flatten(1).all(1).nonzero()[0])
-        raise ValueError(f"padding_mask[{index}] is all padding. True means padding: is it inverted?")
+def generalized_iou(boxes, others, eps=1e-6):
+    """Generalised IoU, in (-1, 1], of cxcywh boxes [..., 4] and [..., 4], with broadcasting -> [...].
 
-
-def check_targets(targets, num_images, num_classes):
-    """Raise ValueError for ground truth that would train nonsense. See DNDETR for the format.
-
-    Values are looked at only on the CPU: reading them from an accelerator would stall it. Targets
-    may stay on the CPU, the model moves them.
+    GIoU = I / U - (H - U) / H, with intersection I, union U, and H the area of the smallest box around both,
+    the hull. The authors have an eps of 1e-6; torchvision's 1e-7 matters for boxes of a few pixels.
     """
-    if len(targets) != num_images:
-        raise ValueError(f"{len(targets)} targets for a batch of {num_images} images")
-    for index, target in enumerate(targets):
-        if not isinstance(target, dict) or not all(isinstance(target.get(name), Tensor)
-                                                   for name in ("labels", "boxes")):
-            raise ValueError(f"targets[{index}] must be a dict with tensors 'labels' and 'boxes', "
-                             f"not {str(target)[:80]}")
-        labels, boxes = target["labels"], target["boxes"]
-        if labels.dtype != torch.long or labels.ndim != 1:
-            raise ValueError(f"targets[{index}]['labels'] must be long of shape [n], "
-                             f"not {labels.dtype} of shape {list(labels.shape)}")
-        if boxes.shape != (len(labels), 4) or not boxes.is_floating_point():
-            raise ValueError(f"targets[{index}]['boxes'] must be float of shape [{len(labels)}, 4] for its "
-                             f"{len(labels)} labels, not {boxes.dtype} of shape {list(boxes.shape)}")
-    if all(target["boxes"].device.type == target["labels"].device.type == "cpu" for target in targets):
-        check_target_values(targets, num_classes)
-
-
-def check_target_values(targets, num_classes):
-    """Raise ValueError unless labels are classes and boxes are cxcywh in [0, 1] with an area."""
-    labels, boxes = concatenate_targets(targets, "cpu")
-    corners = box_convert(boxes, "cxcywh", "xyxy")
-    slack = 1e-3  # rounding of the annotations
-    if (labels >= 0).all() and (labels < num_classes).all() and (boxes[:, 2:] > 0).all() and \
-            (corners >= -slack).all() and (corners <= 1 + slack).all():     # false for NaN and infinity
-        return
-    for index, (labels, boxes) in enumerate((target["labels"], target["boxes"]) for target in targets):
-        wrong = labels[(labels < 0) | (labels >= num_classes)]
-        if len(wrong):
-            raise ValueError(f"targets[{index}] has label {wrong[0]}, labels run from 0 to num_classes - 1 = "
-                             f"{num_classes - 1}")
-        corners = box_convert(boxes, "cxcywh", "xyxy")
-        sticks_out = ((corners < -slack) | (corners > 1 + slack)).any(1)
-        # In (x0, y0, x1, y1) the last two are the larger ones. A box may stick out, not look like this.
-        looks_xyxy = (boxes[:, 2:] > boxes[:, :2]).all()
-        for bad, problem in (
-                (~boxes.isfinite().all(1), "is not finite"),
-                (((boxes < -slack) | (boxes > 1 + slack)).any(1),
-                 "is outside [0, 1]: boxes are relative to the image; are these pixels?"),
-                ((boxes[:, 2:] <= 0).any(1), "has no area: drop such objects"),
-                (sticks_out & looks_xyxy, "reaches out of the image: boxes are (cx, cy, w, h); is this "
-                                          "(x0, y0, x1, y1)?")):
-            if bad.any():
-                box = [round(number, 4) for number in boxes[bad][0].tolist()]
-                raise ValueError(f"targets[{index}]['boxes'] holds {box}, which {problem}")
-
-
-# ---------------------------------------------------------------------------------------------
-# 11. Matching: who owns whom, searched for
-# ---------------------------------------------------------------------------------------------
+    ax0, ay0, ax1, ay1 = box_convert(boxes, "cxcywh", "xyxy").unbind(-1)
+    bx0, by0, bx1, by1 = box_convert(others, "cxcywh", "xyxy").unbind(-1)
+    intersection = ((torch.min(ax1, bx1) - torch.max(ax0, bx0)).clamp(min=0)
+                    * (torch.min(ay1, by1) - torch.max(ay0, by0)).clamp(min=0))
+    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - intersection
+    hull = (torch.max(ax1, bx1) - torch.min(ax0, bx0)) * (torch.max(ay1, by1) - torch.min(ay0, by0))
+    return intersection / (union + eps) - (hull - union) / (hull + eps)
 
 
 class Pairs(NamedTuple):
-    """Predictions and the objects they answer for, layer by layer; R pairs in each of L layers:
-    query `query` of image `image` answers for object `source`.
-    The first dimension is 1 where all layers share the same pairs (denoising)."""
+    """Predictions and the objects they are responsible for, R pairs in each of L layers: in layer l, query
+    `query[l, r]` of image `image[l, r]` is paired with object `source[l, r]`, counted through the batch. The
+    first dimension is 1 if all layers have the same pairs."""
     image: Tensor     # [L, R] long
     query: Tensor     # [L, R] long
-    source: Tensor    # [L, R] long: object, counted through the batch
+    source: Tensor    # [L, R] long
 
 
 @torch.no_grad()
 def match(logits, boxes, targets, config):
-    """Hungarian matching of logits [L, B, N, C] and boxes [L, B, N, 4] with the targets -> Pairs, with
-    min(N, n) pairs for an image of n objects.
+    """Hungarian matching of logits [L, B, N, C] and boxes [L, B, N, 4] with the targets -> Pairs.
 
-    All layers and images are costed at once and cross to the CPU in one transfer, the only
-    host-device sync of a training step. Raises FloatingPointError if a cost is not finite.
-    DETR Sec. 3.1; authors: HungarianMatcher.
+    An image with n objects gets min(N, n) pairs. Raises FloatingPointError if a cost is not finite.
+    DETR, Sec. 3.1; authors: HungarianMatcher.
     """
-    counts = [len(target["labels"]) for target in targets]
-    labels, truth = (pad_sequence([target[name].to(boxes.device, non_blocking=True) for target in targets],
-                                  batch_first=True) for name in ("labels", "boxes"))   # [B, M], [B, M, 4]
-    cost = matching_cost(logits, boxes, labels, truth, config).cpu()                 # [L, B, N, M]
-    if not cost.isfinite().all():
+    # 1. The cost of every pair, for all layers and images at once, so that the GPU waits for the CPU once in
+    #    a training step. Objects are padded to the fullest image: labels [B, M], boxes [B, M, 4].
+    labels, truth = (nn.utils.rnn.pad_sequence([to_device(target[name], boxes.device) for target in targets],
+                                               batch_first=True) for name in ("labels", "boxes"))
+    cost = matching_cost(logits, boxes, labels, truth, config).cpu().numpy()         # [L, B, N, M]
+    if not np.isfinite(cost).all():
         raise FloatingPointError("the matching cost is not finite: predictions are NaN or infinite. Look for "
                                  "NaN in images or boxes, a fully padded image, or a learning rate too high")
-    cost, images, queries, sources = cost.numpy(), [], [], []
-    offsets = [0, *accumulate(counts)]
-    for layer_cost in cost:
-        solved = [linear_sum_assignment(image_cost[:, :n]) for image_cost, n in zip(layer_cost, counts)]
-        images.append(torch.cat([torch.full((len(rows),), index) for index, (rows, _) in enumerate(solved)]))
-        queries.append(torch.cat([torch.from_numpy(rows) for rows, _ in solved]))
-        sources.append(torch.cat([torch.from_numpy(columns) + offset
-                                  for (_, columns), offset in zip(solved, offsets)]))
-    indices = torch.stack([torch.stack(x) for x in (images, queries, sources)])      # [3, L, R]
-    return Pairs(*indices.to(boxes.device, non_blocking=True))
+    # 2. In each layer and image, the cheapest way to give every object a query of its own. The padding is
+    #    cut off; `first_object` turns an image's object numbers into those of the batch.
+    counts = [len(target["labels"]) for target in targets]
+    first_object = [0, *accumulate(counts)]
+    layers = []
+    for layer_cost in cost:                                                          # [B, N, M]
+        pairs = []
+        for image, count in enumerate(counts):
+            query, rank = linear_sum_assignment(layer_cost[image, :, :count])
+            pairs.append([np.full_like(query, image), query, rank + first_object[image]])
+        layers.append(np.concatenate(pairs, axis=1))                                 # [3, R]
+    return Pairs(*to_device(torch.from_numpy(np.stack(layers, axis=1)), boxes.device))
 
 
 def matching_cost(logits, boxes, labels, truth, config):
-    """What it would cost if query n answered for object m: [L, B, N, M] from labels [B, M] (padded)."""
-    # Images with fewer objects are padded with class 0 and an empty box; `match` cuts that off.
+    """The cost of pairing query n with object m, [L, B, N, M], given labels [B, M] and boxes [B, M, 4]."""
+    # Focal cost, p being the predicted probability of the object's class: by how much the focal loss changes
+    # if the answer should be yes instead of no,
+    #     -alpha (1 - p)^gamma log(p)  -  (-(1 - alpha) p^gamma log(1 - p))
     labels = labels[None, :, None].expand(*logits.shape[:3], -1)                     # [L, B, N, M]
-    probability = logits.gather(-1, labels).sigmoid()           # only of the classes that are there
+    probability = logits.gather(-1, labels).sigmoid()
     alpha, gamma = config.focal_alpha, config.focal_gamma
     as_object = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
     as_background = (1 - alpha) * probability ** gamma * -(1 - probability + 1e-8).log()
-    boxes, truth = boxes[:, :, :, None], truth[None, :, None]   # [L, B, N, 1, 4], [1, B, 1, M, 4]
+    boxes, truth = boxes[:, :, :, None], truth[None, :, None]        # [L, B, N, 1, 4], [1, B, 1, M, 4]
     return (config.cost_class * (as_object - as_background)
             + config.cost_box * (boxes - truth).abs().sum(-1)
             - config.cost_giou * generalized_iou(boxes, truth))
 
 
-def matched_objects(outputs, targets, config):
-    """For every query of the last layer the object it is matched with, counted within its image, or -1:
-    long [B, N] on the CPU. The V of Eq. 1."""
-    pairs = match(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets, config)
-    image, query, source = (x[0].cpu() for x in pairs)
-    counts = torch.tensor([len(target["labels"]) for target in targets])
-    first_of_image = counts.cumsum(0) - counts
-    matched = torch.full(outputs["pred_logits"].shape[:2], -1)
-    matched[image, query] = source - first_of_image[image]
-    return matched
-
-
-def matching_instability(previous, current):
-    """IS of one image (Sec. 3.1, Eq. 2): how many queries changed their match between two epochs.
-
-    `previous` and `current` [N] hold the index of each query's object, -1 for none. An object that
-    moves to a query which had none counts twice: one query lost it, one won it. Hence 0 <= IS <= 2 n
-    for n objects. Raises ValueError for different lengths.
-    """
-    previous, current = torch.as_tensor(previous), torch.as_tensor(current)
-    if previous.shape != current.shape:
-        raise ValueError(f"the two matchings have different lengths: {list(previous.shape)} "
-                         f"and {list(current.shape)}; IS compares the same queries")
-    return int((previous != current).sum())
-
-
-# ---------------------------------------------------------------------------------------------
-# 12. Loss: one loss, two assignments
-# ---------------------------------------------------------------------------------------------
-
+# ---- 11. Loss ------------------------------------------------------------------------------------
 
 class DNDETRCriterion(nn.Module):
-    """Outputs and targets of DNDETR (see there) -> dict of scalars: "loss", the weighted total to
-    back-propagate, and unweighted terms "loss_ce", "loss_bbox", "loss_giou" of the last layer,
-    "loss_ce_0" ... of the layers before; denoising terms begin with "dn_".
+    """Outputs and targets of DNDETR -> dict of scalars. "loss" is the weighted total to back-propagate. The
+    unweighted terms are "loss_ce", "loss_bbox" and "loss_giou" of the last layer, and "loss_ce_0" etc. of the
+    layers before it.
+    With "dn_" before them, the same names are the terms of denoising (authors: compute_dn_loss).  [DN]
 
     Raises ValueError for impossible targets, FloatingPointError for predictions that are not finite.
-    Sec. 4.3; authors: SetCriterion and compute_dn_loss.
+    Authors: SetCriterion.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.weights = {"loss_ce": config.loss_class, "loss_bbox": config.loss_box,
-                        "loss_giou": config.loss_giou}
+        self.weights = dict(loss_ce=config.loss_class, loss_bbox=config.loss_box, loss_giou=config.loss_giou)
 
     def forward(self, outputs, targets):
         logits, boxes = outputs["all_logits"], outputs["all_boxes"]
         check_targets(targets, logits.shape[1], self.config.num_classes)
-        truth = concatenate_targets(targets, logits.device)                          # [K], [K, 4]
-        num_objects = len(truth[0])
+        truth = flatten_targets(targets, logits.device)                              # [K], [K, 4]
         pairs = match(logits, boxes, targets, self.config)
-        per_layer = self.set_loss(logits, boxes, pairs, truth, num_objects)
-        slots = outputs.get("dn_slots")                                                          # [DN]
-        if slots is not None:                                                                    # [DN]
-            # No search: the slots say who is a copy of whom, in every layer. The normaliser     # [DN]
-            # grows with the groups, so more groups do not mean a larger loss.                   # [DN]
-            pairs = Pairs(slots.image[None], slots.slot[None], slots.source[None])               # [DN]
-            dn_per_layer = self.set_loss(outputs["dn_logits"], outputs["dn_boxes"], pairs, truth,  # [DN]
-                                         num_objects * slots.num_groups, slots.is_real)          # [DN]
-            per_layer |= {f"dn_{name}": value for name, value in dn_per_layer.items()}           # [DN]
+        terms = self.set_loss(logits, boxes, pairs, truth, len(truth[0]))            # {name: [L]}; K objects
+        slots = outputs.get("dn_slots")                                                           # [DN]
+        if slots is not None:                                                                     # [DN]
+            # The same loss, but nothing has to be matched: the slots know the object of a copy.   [DN]
+            pairs = Pairs(slots.image[None], slots.slot[None], slots.source[None])                # [DN]
+            # An empty slot has nothing to learn, not even to say "no object". With this logit it  [DN]
+            # says so already: its loss is 0, and so is its gradient.                              [DN]
+            dn_logits = outputs["dn_logits"].masked_fill(~slots.is_real[..., None], -1e4)         # [DN]
+            # Divided by the number of copies, so that more groups do not mean a larger loss.      [DN]
+            dn_terms = self.set_loss(dn_logits, outputs["dn_boxes"], pairs, truth, len(slots.source))  # [DN]
+            terms |= {f"dn_{name}": term for name, term in dn_terms.items()}                      # [DN]
 
-        losses = {"loss": sum(self.weights[name.removeprefix("dn_")] * value.sum()
-                              for name, value in per_layer.items())}
-        for name, value in per_layer.items():
-            for layer, term in enumerate(value):
-                losses[name if layer == len(value) - 1 else f"{name}_{layer}"] = term
+        losses = {"loss": 0}
+        for name, term in terms.items():
+            # loss = sum over the layers of 1 * focal loss + 5 * L1 + 2 * (1 - GIoU), with default weights
+            losses["loss"] += self.weights[name.removeprefix("dn_")] * term.sum()
+            for layer, value in enumerate(term):
+                losses[name if layer == len(term) - 1 else f"{name}_{layer}"] = value
         return losses
 
-    def set_loss(self, logits, boxes, pairs, truth, num_pairs, is_real=None):
-        """logits [L, B, Q, C], boxes [L, B, Q, 4] -> {"loss_ce", "loss_bbox", "loss_giou"}, each [L].
-
-        A paired query should say its object's class and box, any other query that it is no class at
-        all; a slot that is not real [B, Q] says nothing.
-        """
-        labels, truth_boxes = truth
-        # [L, 1] against pairs [L, R] or, where all layers share them, [1, R]
-        layer = torch.arange(len(logits), device=logits.device)[:, None]
-        wanted = torch.zeros_like(logits)
-        wanted[layer, pairs.image, pairs.query, labels[pairs.source]] = 1
-        focal = sigmoid_focal_loss(logits, wanted, self.config.focal_alpha, self.config.focal_gamma)
-        if is_real is not None:                                                                  # [DN]
-            focal = focal * is_real[..., None]                                                   # [DN]
-        paired, truth_boxes = boxes[layer, pairs.image, pairs.query], truth_boxes[pairs.source]  # [L, R, 4]
+    def set_loss(self, logits, boxes, pairs, truth, num_pairs):
+        """logits [L, B, Q, C] and boxes [L, B, Q, 4], compared with truth (labels [K] and boxes [K, 4]) as
+        `pairs` say -> {"loss_ce": [L], "loss_bbox": [L], "loss_giou": [L]}."""
+        labels, true_boxes = truth
+        # 1. Classes, of every query. A paired one should say yes to the class of its object, and all else
+        #    should be no:  focal loss = -alpha (1 - p)^gamma log(p)          for yes,
+        #                                -(1 - alpha) p^gamma log(1 - p)      for no.
+        layer = torch.arange(len(logits), device=logits.device)[:, None]    # [L, 1], beside pairs [L, R]
+        target_classes = torch.zeros_like(logits)                                    # [L, B, Q, C]
+        target_classes[layer, pairs.image, pairs.query, labels[pairs.source]] = 1
+        focal = sigmoid_focal_loss(logits, target_classes, self.config.focal_alpha, self.config.focal_gamma)
+        # 2. Boxes, of paired queries only.
+        boxes, true_boxes = boxes[layer, pairs.image, pairs.query], true_boxes[pairs.source]     # [L, R, 4]
         sums = {"loss_ce": focal.sum((1, 2, 3)),
-                "loss_bbox": (paired - truth_boxes).abs().sum((1, 2)),
-                "loss_giou": (1 - generalized_iou(paired, truth_boxes)).sum(1)}
+                "loss_bbox": (boxes - true_boxes).abs().sum((1, 2)),
+                "loss_giou": (1 - generalized_iou(boxes, true_boxes)).sum(1)}
+        # 3. Divided by the number of objects, not of queries, most of which find nothing.
         normalizer = mean_over_processes(num_pairs, logits.device).clamp(min=1)
-        return {name: value / normalizer for name, value in sums.items()}
+        return {name: total / normalizer for name, total in sums.items()}
 
 
 def mean_over_processes(number, device):
-    """The mean of `number` over all training processes, so that a loss does not depend on how a batch
-    was split among them (their gradients are averaged). D4."""
+    """The mean of `number` over all training processes. As gradients are averaged over processes too, the
+    loss does not depend on how a batch is split among them (D4)."""
     number = torch.full((), float(number), device=device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(number)
@@ -977,58 +785,123 @@ def mean_over_processes(number, device):
     return number
 
 
-# ---------------------------------------------------------------------------------------------
-# 13. Predictions
-# ---------------------------------------------------------------------------------------------
-
+# ---- 12. Predictions, and the instability of matching --------------------------------------------
 
 @torch.no_grad()
 def postprocess(outputs, image_sizes, num_select=300):
-    """Predictions -> one {"scores" [k], "labels" [k], "boxes" [k, 4] xyxy in pixels} per image, best
-    first. `image_sizes`: (height, width) of each image, without its padding. k = min(num_select, N*C).
+    """One dict per image, best first: "scores" [k], "labels" [k], "boxes" [k, 4] as xyxy in pixels.
 
-    A query may be listed once for each class: every class is a yes or no of its own (focal loss).
-    No box is suppressed: the queries have sorted that out in self-attention. Raises ValueError unless
-    every image has its size. Authors: PostProcess.
+    `image_sizes` holds the (height, width) of each image without its padding; k is min(`num_select`, N*C).
+    As classes are independent (focal loss), a query may appear with several of them. There is no non-maximum
+    suppression: self-attention lets queries avoid duplicates. Raises ValueError unless there is a size for
+    every image. Authors: PostProcess.
     """
     logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
     sizes = torch.as_tensor(image_sizes, device=boxes.device)
     if sizes.shape != (len(logits), 2):
         raise ValueError(f"image_sizes must hold a (height, width) for each of the {len(logits)} images, "
                          f"its shape is {list(sizes.shape)}")
-    scores, index = logits.sigmoid().flatten(1).topk(min(num_select, logits[0].numel()))    # [B, k]
+    scores, index = logits.sigmoid().flatten(1).topk(min(num_select, logits[0].numel()))     # [B, k]
     query, labels = index // logits.shape[2], index % logits.shape[2]
     boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4))
-    boxes = boxes * sizes.flip(1).repeat(1, 2)[:, None]                                      # w, h, w, h
-    return [{"scores": score, "labels": label, "boxes": box}
-            for score, label, box in zip(scores, labels, boxes)]
+    boxes = boxes * sizes.flip(1).repeat(1, 2)[:, None]                              # times w, h, w, h
+    return [dict(scores=score, labels=label, boxes=box) for score, label, box in zip(scores, labels, boxes)]
 
 
-# ---------------------------------------------------------------------------------------------
-# 14. The authors' released weights
-# ---------------------------------------------------------------------------------------------
+def matched_objects(outputs, targets, config):
+    """The object that each query of the last layer is matched with, counted within its image, or -1: long
+    [B, N], on the CPU. This is V of Eq. 1."""
+    pairs = match(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets, config)
+    image, query, source = (index[0].cpu() for index in pairs)
+    rank = torch.cat([torch.arange(len(target["labels"])) for target in targets])    # [K], within the image
+    matched = torch.full(outputs["pred_logits"].shape[:2], -1)
+    matched[image, query] = rank[source]
+    return matched
 
-OFFICIAL_NAMES = {  # a part of a name in their file: the same here
-    "class_embed": "class_head", "bbox_embed": "box_head", "refpoint_embed": "anchors",
-    "query_scale": "position_scale", "label_enc": "label_embedding", "input_proj": "input_projection",
-    "ref_point_head": "anchor_mlp", "ref_anchor_head": "reference_size",
-    "activation": "feed_forward.activation", "linear1": "feed_forward.linear1",
-    "linear2": "feed_forward.linear2", "self_attn": "self_attention", "sa_v_proj": "self_value",
-    "sa_qcontent_proj": "self_query_content", "sa_kcontent_proj": "self_key_content",
-    "sa_qpos_proj": "self_query_position", "sa_kpos_proj": "self_key_position",
-    "ca_kpos_proj": "cross_key_position", "cross_attn": "cross_attention", "ca_v_proj": "cross_value",
-    "ca_qcontent_proj": "cross_query_content", "ca_qpos_proj": "cross_query_position",
-    "ca_kcontent_proj": "cross_key_content", "ca_qpos_sine_proj": "cross_query_sine"}
-OFFICIAL_ARGS = (("nheads", "num_heads"), ("dropout", "dropout"), ("transformer_activation", "activation"),
-                 ("dilation", "dilation"), ("scalar", "dn_groups"), ("label_noise_scale", "label_noise"),
-                 ("box_noise_scale", "center_noise"), ("box_noise_scale", "size_noise"))
-RESNETS = {((2, 2, 2, 2), 2): "resnet18", ((3, 4, 6, 3), 2): "resnet34",    # blocks of each stage,
-           ((3, 4, 6, 3), 3): "resnet50", ((3, 4, 23, 3), 3): "resnet101"}  # convolutions of a block
+
+def matching_instability(previous, current):
+    """IS of one image (Sec. 3.1): the number of queries whose match changed between two epochs.
+
+    IS = sum over n of 1(V_n of this epoch != V_n of the epoch before)          (Eq. 2)
+    `previous` and `current` [N] are rows of matched_objects. An object that moves to an unmatched query
+    counts twice, so for n objects IS is between 0 and 2 n. Raises ValueError if the lengths differ.
+    """
+    previous, current = torch.as_tensor(previous), torch.as_tensor(current)
+    if previous.shape != current.shape:
+        raise ValueError(f"IS compares the same queries, not {len(previous)} and {len(current)} of them")
+    return int((previous != current).sum())
+
+
+# ---- 13. Checks of what people most often get wrong ----------------------------------------------
+# The method ends here. What follows is housekeeping.
+
+def check_images(images, padding_mask):
+    """Raise ValueError unless images [B, 3, H, W] and padding_mask [B, H, W] are as DNDETR wants them."""
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
+        raise ValueError("images must be float [B, 3, H, W], normalised as the backbone expects, "
+                         f"not {images.dtype} {list(images.shape)}")
+    if padding_mask is None:
+        return
+    if padding_mask.shape != images[:, 0].shape or padding_mask.dtype != torch.bool:
+        raise ValueError(f"padding_mask must be bool {list(images[:, 0].shape)} for these images, "
+                         f"not {padding_mask.dtype} {list(padding_mask.shape)}")
+    if padding_mask.device.type == "cpu" and padding_mask.flatten(1).all(1).any():
+        raise ValueError("padding_mask covers a whole image. True means padding: is the mask inverted?")
+
+
+def check_targets(targets, num_images, num_classes):
+    """Raise ValueError for ground truth that would train nonsense: see DNDETR for the format.
+
+    Values are read only where they are on the CPU, because reading them from a GPU would stall it.
+    """
+    if len(targets) != num_images:
+        raise ValueError(f"{len(targets)} targets for a batch of {num_images} images")
+    for index, (labels, boxes) in enumerate((target["labels"], target["boxes"]) for target in targets):
+        is_float = boxes.is_floating_point()
+        if labels.dtype != torch.long or labels.ndim != 1 or not is_float or boxes.shape != (len(labels), 4):
+            raise ValueError(f"targets[{index}] must have labels, long [n], and boxes, float [n, 4], not "
+                             f"{labels.dtype} {list(labels.shape)} and {boxes.dtype} {list(boxes.shape)}")
+        if labels.device.type != "cpu" or boxes.device.type != "cpu":
+            return
+    labels, boxes = flatten_targets(targets, "cpu")
+    corners, slack = box_convert(boxes, "cxcywh", "xyxy"), 1e-3                      # annotations are rounded
+    sticks_out = ((corners < -slack) | (corners > 1 + slack)).any(1)
+    # In (x0, y0, x1, y1) the last two numbers are the larger ones. A box that sticks out of its image is
+    # harmless, unless all boxes of the batch look like this.
+    looks_xyxy = (boxes[:, 2:] > boxes[:, :2]).all()
+    for is_wrong, rule in (
+            ((labels < 0) | (labels >= num_classes), f"labels are 0 .. {num_classes - 1}, num_classes - 1"),
+            (~boxes.isfinite().all(1), "boxes must be finite"),
+            (((boxes < -slack) | (boxes > 1 + slack)).any(1), "boxes are in [0, 1]: are these pixels?"),
+            ((boxes[:, 2:] <= 0).any(1), "boxes must have an area: drop such objects"),
+            (sticks_out & looks_xyxy, "boxes are (cx, cy, w, h): is this (x0, y0, x1, y1)?")):
+        if is_wrong.any():
+            first = int(is_wrong.nonzero()[0])
+            image = [index for index, target in enumerate(targets) for _ in target["labels"]][first]
+            raise ValueError(f"targets[{image}] has an object with label {labels[first]} and box "
+                             f"{[round(number, 4) for number in boxes[first].tolist()]}, but {rule}")
+
+
+# ---- 14. The authors' released weights -----------------------------------------------------------
+
+OFFICIAL_NAMES = {  # replaced in this order: a part of their names, and what we call it
+    "module.": "", "transformer.": "", "backbone.0.body.": "backbone.", "input_proj.": "input_projection.",
+    "label_enc.": "label_embedding.",                                                             # [DN]
+    "class_embed": "class_head", "decoder.bbox_embed": "box_head", "bbox_embed": "box_head",
+    "refpoint_embed": "anchor_logits", "ref_point_head": "anchor_mlp", "ref_anchor_head": "reference_size",
+    "query_scale": "position_scale", ".sa_": ".self_", ".ca_": ".cross_", "v_proj": "value",
+    "qcontent_proj": "query_content", "qpos_proj": "query_position", "qpos_sine_proj": "query_sine",
+    "kcontent_proj": "key_content", "kpos_proj": "key_position"}
+OFFICIAL_ARGS = (  # one of their options, and the field that holds it here
+    ("scalar", "dn_groups"), ("label_noise_scale", "label_noise"),                                # [DN]
+    ("box_noise_scale", "center_noise"), ("box_noise_scale", "size_noise"),                       # [DN]
+    ("nheads", "num_heads"), ("dropout", "dropout"), ("dilation", "dilation"))
+RESNETS = {20: "resnet18", 36: "resnet34", 53: "resnet50", 104: "resnet101", 155: "resnet152"}  # convolutions
 
 
 def read_checkpoint(path):
-    """A checkpoint's dict, opened so that it can't run code. Raises ValueError for a broken file."""
-    torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' command line is in theirs
+    """The dict in a checkpoint file, read without running code from it. Raises ValueError if it can't be."""
+    torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold their options
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
@@ -1036,90 +909,72 @@ def read_checkpoint(path):
 
 
 def load_official(model_class, checkpoint, overrides):
-    """Documented at DNDETR.from_official."""
-    if isinstance(checkpoint, (str, os.PathLike)):
+    """A model of `model_class`, on the CPU, with the authors' weights. Loading is strict.
+
+    `checkpoint`: the path of a file as they release it, its dict, or a bare state dict. Sizes are read off
+    the weights. The rest comes from `overrides` (fields of DNDETRConfig), else from the options in the file,
+    else it is as in the paper. Raises ValueError for a file that can't be read, one that is not theirs, and
+    tensors that do not fit, which are listed.
+    """
+    if not isinstance(checkpoint, dict):
         checkpoint = read_checkpoint(checkpoint)
-    state = {}          # the box head comes twice, they keep it under two names
-    for name, tensor in checkpoint.get("model", checkpoint).items():
-        name = re.sub(r"^(module\.)?(transformer\.)?(decoder\.(?=bbox_embed))?", "", name)
-        parts = name.replace("backbone.0.body.", "backbone.").split(".")
-        state[".".join(OFFICIAL_NAMES.get(part, part) for part in parts)] = tensor
     args = vars(checkpoint["args"]) if "args" in checkpoint else {}
-    chosen = {"activation": "relu"} | {ours: args[theirs] for theirs, ours in OFFICIAL_ARGS if theirs in args}
+    state = {}          # their box head is stored under two names, which become one
+    for name, tensor in checkpoint.get("model", checkpoint).items():
+        for theirs, ours in OFFICIAL_NAMES.items():
+            name = name.replace(theirs, ours)
+        state[name] = tensor
     try:
-        model = model_class(DNDETRConfig(**(chosen | official_sizes(state) | overrides)))
+        model = model_class(DNDETRConfig(**(official_config(state, args) | overrides)))
+        model.load_state_dict(state)
     except KeyError as error:
-        raise ValueError(f"this is no DN-DETR checkpoint of the authors: it lacks {error}") from error
-    file, wanted = ({k: list(v.shape) for k, v in x.items()} for x in (state, model.state_dict()))
-    problems = [f"{name}: {file.get(name, 'missing')} in the file, {wanted.get(name, 'missing')} in the model"
-                for name in sorted(file | wanted) if file.get(name) != wanted.get(name)]
-    if problems:
-        raise ValueError("the weights do not fit the model:\n  " + "\n  ".join(problems))
-    model.load_state_dict(state)
+        raise ValueError(f"this is not a DN-DETR checkpoint of the authors: it lacks {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit the model: {error}") from error
     return model
 
 
-def official_sizes(state):
-    """What the shapes of renamed weights tell about the configuration."""
-    def count(pattern):
-        return len({found.group() for name in state if (found := re.match(pattern, name))})
+def official_config(state, args):
+    """What the weights `state`, under our names, and their options `args` say about the configuration."""
+    def count_layers(part):
+        return len({name.split(".")[2] for name in state if name.startswith(f"{part}.layers.")})
 
-    stages = tuple(count(rf"backbone\.layer{stage}\.\d+\.") for stage in (1, 2, 3, 4))
-    sizes = {"num_classes": len(state["class_head.weight"]), "hidden_dim": len(state["decoder.norm.bias"]),
-             "num_encoder_layers": count(r"encoder\.layers\.\d+\."),
-             "num_decoder_layers": count(r"decoder\.layers\.\d+\."),
-             "dim_feedforward": len(state["decoder.layers.0.feed_forward.linear1.weight"]),
-             "num_queries": len(state["anchors.weight"]),
-             "num_patterns": len(state.get("patterns.weight", ())),
-             "backbone": RESNETS[stages, count(r"backbone\.layer1\.0\.conv\d")]}
-    has_slopes = "decoder.layers.0.feed_forward.activation.weight" in state
-    return sizes | ({"activation": "prelu"} if has_slopes else {})
-
-
-# ---------------------------------------------------------------------------------------------
-# 15. python dn_detr.py: a tour
-# ---------------------------------------------------------------------------------------------
+    convolutions = sum("conv" in name or "downsample.0" in name for name in state if "backbone." in name)
+    has_slopes = "decoder.layers.0.activation.weight" in state
+    return {ours: args[theirs] for theirs, ours in OFFICIAL_ARGS if theirs in args} | {
+        "num_classes": len(state["class_head.weight"]), "num_queries": len(state["anchor_logits.weight"]),
+        "hidden_dim": len(state["decoder.norm.bias"]), "num_patterns": len(state.get("patterns.weight", ())),
+        "dim_feedforward": len(state["decoder.layers.0.linear1.weight"]),
+        "num_encoder_layers": count_layers("encoder"), "num_decoder_layers": count_layers("decoder"),
+        "backbone": RESNETS.get(convolutions, f"a network of {convolutions} convolutions"),
+        "activation": "prelu" if has_slopes else args.get("transformer_activation", "relu")}
 
 
-def draw_mask(mask):
-    """Mask [Q, Q] as text: x blocked, . visible."""
-    return "\n".join("    " + " ".join("x" if blocked else "." for blocked in row) for row in mask.tolist())
-
+# ---- 15. python dn_detr.py: a tour in a few seconds ----------------------------------------------
 
 def tour():
-    """Noise, mask, shapes and a few steps on two made-up images."""
+    """Print noised boxes, the mask, the shapes of the outputs, and the terms of the loss."""
     torch.manual_seed(0)
+    boxes = torch.tensor([[0.5, 0.4, 0.3, 0.2], [0.7, 0.6, 0.4, 0.5]])
+    print("1. An object (cx cy w h) and three noised copies of it:")
+    for name in ("truth", "copy", "copy", "copy"):
+        box = boxes[0] if name == "truth" else noise_boxes(boxes, 0.4, 0.4)[0]
+        print(f"    {name:5} " + " ".join(f"{number:.3f}" for number in box))
+    print("2. The attention mask, 2 groups of 2 copies, then 6 matching queries (x = blocked):")
+    for row in dn_attention_mask(2, 2, 6):
+        print("    " + " ".join("x" if is_blocked else "." for is_blocked in row))
     config = DNDETRConfig(num_classes=3, num_queries=6, hidden_dim=32, num_heads=4, num_encoder_layers=1,
                           num_decoder_layers=2, dim_feedforward=64, backbone="small", dn_groups=2)
-    targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.4, 0.3, 0.2]])},
-               {"labels": torch.tensor([0, 2]),
-                "boxes": torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.4, 0.5]])}]
-    box = targets[0]["boxes"]
-    print("1. An object (cx cy w h) and five noised copies of it:")
-    for name, row in [("truth", box), *(("copy", noise_boxes(box, 0.4, 0.4)) for _ in range(5))]:
-        print(f"    {name:5} " + " ".join(f"{number:.3f}" for number in row[0].tolist()))
-    print("2. Who may look at whom, 2 groups of 2 copies, then 6 matching queries (x = may not):")
-    print(draw_mask(dn_attention_mask(2, 2, 6)))
-
-    model, criterion = DNDETR(config), DNDETRCriterion(config)
-    images = torch.randn(2, 3, 64, 64)
-    outputs = model(images, targets=targets)
-    print("3. What comes out:")
-    for name in ("pred_logits", "pred_boxes", "dn_logits", "dn_boxes"):
-        print(f"    {name:12} {list(outputs[name].shape)}")
-    print(f"    empty slots  {(~outputs['dn_slots'].is_real).sum()} of {outputs['dn_slots'].is_real.numel()}")
-    print("4. Twenty steps on these two images:")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(21):
-        losses = criterion(model(images, targets=targets), targets)
-        if step % 10 == 0:
-            dn = sum(value for name, value in losses.items() if name.startswith("dn_") and name[-1].isalpha())
-            print(f"    step {step:2}   loss {losses['loss']:6.2f}   denoising, last layer {dn:5.2f}")
-        optimizer.zero_grad()
-        losses["loss"].backward()
-        optimizer.step()
-    print("5. At inference there is no denoising part:")
-    print(f"    {', '.join(model.eval()(images))}")
+    targets = [{"labels": torch.tensor([0]), "boxes": boxes[:1]},
+               {"labels": torch.tensor([1, 2]), "boxes": boxes}]
+    outputs = DNDETR(config)(torch.randn(2, 3, 64, 64), targets=targets)
+    print("3. The outputs in training (at inference, there are none that begin with dn):")
+    for name, output in outputs.items():
+        print(f"    {name:11} {list(output.shape) if isinstance(output, Tensor) else type(output).__name__}")
+    losses = DNDETRCriterion(config)(outputs, targets)
+    print(f"4. The loss is {losses['loss']:.2f}; its terms in the last layer, matching and denoising:")
+    for name in ("loss_ce", "loss_bbox", "loss_giou"):
+        print(f"    {name:9} {losses[name]:6.2f} {losses[f'dn_{name}']:6.2f}")
 
 
 if __name__ == "__main__":
