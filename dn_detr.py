@@ -1,5 +1,5 @@
 """DN-DETR in one file: "Accelerate DETR Training by Introducing Query DeNoising" (Li et al., CVPR 2022).
-Section, equation and table numbers are those of arXiv 2203.01305.
+Section and equation numbers are those of arXiv 2203.01305.
 
 The problem. A DETR turns N learned queries into N predictions, and bipartite (Hungarian) matching decides
 anew at every training step which query is responsible for which object. Early in training the assignment
@@ -9,8 +9,9 @@ The idea. During training, feed the decoder a second kind of query: ground-truth
 added. The object that each of them came from is known, so they need no matching, and the same decoder learns
 to remove the noise while it learns to detect. At inference they are left out.
 
-A query of this decoder (it is DAB-DETR's) has two parts: an *anchor*, the box where it looks, and a
-*content* vector, what it has found there. Every decoder layer corrects the anchor a little.
+A query of this decoder (DAB-DETR's) has two parts: an *anchor*, the box where it looks, and a *content*
+vector, what it has found there. A noised box becomes an anchor, a noised label becomes content. Every decoder
+layer corrects the anchors a little.
 
 One training step:
 
@@ -35,7 +36,7 @@ The authors' weights load (section 14), and outputs, losses and gradients agree 
 (github.com/IDEA-Research/DN-DETR, dn_dab_detr; compared in test_dn_detr.py), except for these points:
 
     D1 A slot without an object (in an image with fewer than M objects) is masked out for every query.
-       In the authors' code it can be attended to, so an image's loss depends on its batch.
+       In the authors' code it can be attended to, so an image's predictions depend on its batch.
     D2 Centre and size noise have separate scales, as in the paper. The authors' code has one for both.
     D3 dn_max_queries (off by default) lowers the number of groups in crowded batches.
     D4 The normaliser of the denoising loss is averaged over processes, like the matching loss's.
@@ -44,7 +45,7 @@ The authors' weights load (section 14), and outputs, losses and gradients agree 
     D7 Left out: segmentation, deformable attention, Swin backbones.
 
 Sections 2 to 4 are the paper. Elsewhere, lines that denoising adds to DAB-DETR end in [DN]. Without those
-sections and lines, the file is DAB-DETR.
+sections and lines, and without the tour in section 15, the file is DAB-DETR.
 """
 import argparse
 import dataclasses
@@ -69,10 +70,10 @@ BACKBONES = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet15
 
 @dataclasses.dataclass(frozen=True)
 class DNDETRConfig:
-    """Every choice. Defaults are the paper's R50 on COCO. Raises ValueError, naming an impossible field."""
-    # What is detected. There is no class for "no object": each class has a yes or no of its own.
+    """All settings. Defaults: the paper's R50 on COCO. Raises ValueError that names an impossible field."""
+    # What is detected. There is no class for "no object": each class has a sigmoid of its own.
     num_classes: int = 91           # C; labels run from 0 to C-1 (COCO's category ids end at 90)
-    num_queries: int = 300          # N, also the largest number of objects found in an image
+    num_queries: int = 300          # N; times num_patterns, if there are patterns
 
     # The transformer.
     hidden_dim: int = 256           # D
@@ -266,7 +267,7 @@ def dn_attention_mask(num_groups, group_size, num_queries, device=None):
     num_denoising = num_groups * group_size
     query = torch.arange(num_denoising + num_queries, device=device)
     is_denoising = query < num_denoising
-    # Denoising query q is in group q // M. Matching queries get P, the number of no group.
+    # Denoising query q is in group q // M. Matching queries get P, which no group has.
     group = torch.where(is_denoising, query // max(group_size, 1), num_groups)
     # a_ij = 1 if j is a denoising query and i is not in the same group               (Eq. 7)
     return is_denoising[None, :] & (group[:, None] != group[None, :])                # [Q, Q]
@@ -283,7 +284,7 @@ def query_mask(slots, num_queries):
 # The paper's contribution ends here. The rest is DAB-DETR.                                        [DN]
 
 def inverse_sigmoid(x, eps=1e-3):
-    """The logit of x in [0, 1], within +-6.9.
+    """The logit of x in [0, 1], within +-6.91.
 
     Anchors are stored and refined as logits, box <- sigmoid(inverse_sigmoid(box) + delta), so that every box
     stays in [0, 1]. eps is part of the trained model: the authors' weights expect 1e-3.
@@ -306,7 +307,7 @@ def sine_encoding(coordinates, width, temperature, frequency=1.0):
 
 
 def pixel_coordinates(cell_padding, cell_centers=False):
-    """(y, x) in (0, 1] of every feature cell: padding [B, h, w] (True = padding) -> [B, h, w, 2].
+    """(y, x) in (0, 1] of every valid feature cell: padding [B, h, w] (True = padding) -> [B, h, w, 2].
 
     Only valid cells are counted, so that 1 is the border of the image and not of the padding. The authors
     place a cell at its far corner; `cell_centers` places it at its centre.
@@ -428,7 +429,7 @@ class DecoderLayer(nn.Module):
         self.cross_key_content, self.cross_key_position = nn.Linear(width, width), nn.Linear(width, width)
         self.cross_value = nn.Linear(width, width)
         self.cross_attn = Attention(config)
-        # In the first layer, where the content has seen nothing yet, the position is added to it.
+        # In the first layer, where the content has seen nothing yet, positions are added to query and key.
         self.cross_query_position = nn.Linear(width, width) if is_first else None
 
         self.linear1 = nn.Linear(width, config.dim_feedforward)
@@ -497,8 +498,8 @@ class Decoder(nn.Module):
                 # box <- sigmoid(inverse_sigmoid(box) + delta). Here delta is computed from `content`, and in
                 # DNDETR.forward from norm(content), as in the authors' code.
                 refined = (box_head(content).float() + inverse_sigmoid(anchors)).sigmoid()
-                # Without detach, a layer would be trained to choose where later layers look. The prediction
-                # of the next layer, which adds to `refined`, does reach this layer.
+                # Without detach, this layer would also be trained to choose where later layers look.
+                # `refined` keeps its gradient for the next layer's prediction, which is a correction of it.
                 anchors = refined.detach()
                 anchors_per_layer.append(refined)
         return torch.stack(outputs), torch.stack(anchors_per_layer)
@@ -518,7 +519,7 @@ class Decoder(nn.Module):
             query_sine = query_sine * self.position_scale(content)
         # Modulated attention: score = PE(x) . PE(cx) * w_ref / w + PE(y) . PE(cy) * h_ref / h
         # The larger w, the flatter the score along x: a wide anchor looks over a wide area.
-        reference_size = self.reference_size(content).float().sigmoid()              # w_ref, h_ref
+        reference_size = self.reference_size(content).float().sigmoid()              # [B, Q, 2]: w_ref, h_ref
         height_then_width = (reference_size / anchors[..., 2:]).flip(-1)             # as y comes before x
         return query_position, query_sine * height_then_width.repeat_interleave(width // 2, dim=-1)
 
@@ -599,7 +600,7 @@ class DNDETR(nn.Module):
         """-> tokens [B, S, D], their positions [B, S, D], and token_padding bool [B, S] or None."""
         features = self.input_projection(self.backbone(images))                      # [B, D, h, w]
         # Nearest neighbour, the default: a cell is padding if the pixel at its top left is. interpolate wants
-        # channels; [None] adds an axis and lets the batch take their place.
+        # [batch, channels, h, w]; [None] makes our batch the channels.
         padding = torch.zeros_like(images[:, 0]) if padding_mask is None else padding_mask    # [B, H, W]
         cell_padding = F.interpolate(padding[None].float(), features.shape[-2:])[0].bool()    # [B, h, w]
         coordinates = pixel_coordinates(cell_padding, self.config.cell_centers)      # [B, h, w, 2]
@@ -612,15 +613,16 @@ class DNDETR(nn.Module):
 
     def matching_queries(self, batch_size):
         """The learned queries: content [B, N, D] and anchor logits [B, N, 4]."""
-        anchor_logits = self.anchor_logits.weight                                    # [N, 4]
-        content = anchor_logits.new_zeros(self.config.hidden_dim)                    # [D], as in DAB-DETR
-        # Here it is the last row of the label embedding, "unknown", and the indicator 0.        [DN]
+        anchor_logits = self.anchor_logits.weight
+        content = anchor_logits.new_zeros(self.config.hidden_dim)                    # [D], DAB-DETR's
+        # Replaced by the last row of the label embedding, "unknown", and the indicator 0.       [DN]
         content = F.pad(self.label_embedding.weight[-1], (0, 1), value=0.0)                       # [DN]
-        content = content.expand(self.config.num_queries, -1)                        # [N, D]
+        content = content.expand(self.config.num_queries, -1)
         if self.config.num_patterns:
             # All anchors with the first pattern, then all with the second one, ...
             content = (content + self.patterns.weight[:, None]).flatten(0, 1)
             anchor_logits = anchor_logits.repeat(self.config.num_patterns, 1)
+        # [N, D] and [N, 4], for every image
         return content.expand(batch_size, -1, -1), anchor_logits.expand(batch_size, -1, -1)
 
     @classmethod
@@ -647,7 +649,7 @@ def generalized_iou(boxes, others, eps=1e-6):
     """Generalised IoU, in (-1, 1], of cxcywh boxes [..., 4] and [..., 4], with broadcasting -> [...].
 
     GIoU = I / U - (H - U) / H, with intersection I, union U, and H the area of the smallest box around both,
-    the hull. The authors have an eps of 1e-6; torchvision's 1e-7 matters for boxes of a few pixels.
+    the hull. The authors have an eps of 1e-6; with torchvision's 1e-7, boxes of a few pixels differ.
     """
     ax0, ay0, ax1, ay1 = box_convert(boxes, "cxcywh", "xyxy").unbind(-1)
     bx0, by0, bx1, by1 = box_convert(others, "cxcywh", "xyxy").unbind(-1)
@@ -676,9 +678,10 @@ def match(logits, boxes, targets, config):
     """
     # 1. The cost of every pair, for all layers and images at once, so that the GPU waits for the CPU once in
     #    a training step. Objects are padded to the fullest image: labels [B, M], boxes [B, M, 4].
-    labels, truth = (nn.utils.rnn.pad_sequence([to_device(target[name], boxes.device) for target in targets],
-                                               batch_first=True) for name in ("labels", "boxes"))
-    cost = matching_cost(logits, boxes, labels, truth, config).cpu().numpy()         # [L, B, N, M]
+    labels, true_boxes = (
+        nn.utils.rnn.pad_sequence([to_device(target[name], boxes.device) for target in targets],
+                                  batch_first=True) for name in ("labels", "boxes"))
+    cost = matching_cost(logits, boxes, labels, true_boxes, config).cpu().numpy()    # [L, B, N, M]
     if not np.isfinite(cost).all():
         raise FloatingPointError("the matching cost is not finite: predictions are NaN or infinite. Look for "
                                  "NaN in images or boxes, a fully padded image, or a learning rate too high")
@@ -696,8 +699,8 @@ def match(logits, boxes, targets, config):
     return Pairs(*to_device(torch.from_numpy(np.stack(layers, axis=1)), boxes.device))
 
 
-def matching_cost(logits, boxes, labels, truth, config):
-    """The cost of pairing query n with object m, [L, B, N, M], given labels [B, M] and boxes [B, M, 4]."""
+def matching_cost(logits, boxes, labels, true_boxes, config):
+    """The cost of pairing query n with object m, [L, B, N, M]; labels [B, M], true_boxes [B, M, 4]."""
     # Focal cost, p being the predicted probability of the object's class: by how much the focal loss changes
     # if the answer should be yes instead of no,
     #     -alpha (1 - p)^gamma log(p)  -  (-(1 - alpha) p^gamma log(1 - p))
@@ -706,10 +709,10 @@ def matching_cost(logits, boxes, labels, truth, config):
     alpha, gamma = config.focal_alpha, config.focal_gamma
     as_object = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
     as_background = (1 - alpha) * probability ** gamma * -(1 - probability + 1e-8).log()
-    boxes, truth = boxes[:, :, :, None], truth[None, :, None]        # [L, B, N, 1, 4], [1, B, 1, M, 4]
+    boxes, true_boxes = boxes[:, :, :, None], true_boxes[None, :, None]     # [L, B, N, 1, 4], [1, B, 1, M, 4]
     return (config.cost_class * (as_object - as_background)
-            + config.cost_box * (boxes - truth).abs().sum(-1)
-            - config.cost_giou * generalized_iou(boxes, truth))
+            + config.cost_box * (boxes - true_boxes).abs().sum(-1)
+            - config.cost_giou * generalized_iou(boxes, true_boxes))
 
 
 # ---- 11. Loss ------------------------------------------------------------------------------------
@@ -734,7 +737,7 @@ class DNDETRCriterion(nn.Module):
         check_targets(targets, logits.shape[1], self.config.num_classes)
         truth = flatten_targets(targets, logits.device)                              # [K], [K, 4]
         pairs = match(logits, boxes, targets, self.config)
-        terms = self.set_loss(logits, boxes, pairs, truth, len(truth[0]))            # {name: [L]}; K objects
+        terms = self.set_loss(logits, boxes, pairs, truth, len(truth[0]))            # {name: [L]}
         slots = outputs.get("dn_slots")                                                           # [DN]
         if slots is not None:                                                                     # [DN]
             # The same loss, but nothing has to be matched: the slots know the object of a copy.   [DN]
@@ -754,9 +757,9 @@ class DNDETRCriterion(nn.Module):
                 losses[name if layer == len(term) - 1 else f"{name}_{layer}"] = value
         return losses
 
-    def set_loss(self, logits, boxes, pairs, truth, num_pairs):
-        """logits [L, B, Q, C] and boxes [L, B, Q, 4], compared with truth (labels [K] and boxes [K, 4]) as
-        `pairs` say -> {"loss_ce": [L], "loss_bbox": [L], "loss_giou": [L]}."""
+    def set_loss(self, logits, boxes, pairs, truth, num_objects):
+        """logits [L, B, Q, C] and boxes [L, B, Q, 4] (here Q is N or P*M), compared with truth (labels
+        [K] and boxes [K, 4]) as `pairs` say -> {"loss_ce": [L], "loss_bbox": [L], "loss_giou": [L]}."""
         labels, true_boxes = truth
         # 1. Classes, of every query. A paired one should say yes to the class of its object, and all else
         #    should be no:  focal loss = -alpha (1 - p)^gamma log(p)          for yes,
@@ -770,8 +773,8 @@ class DNDETRCriterion(nn.Module):
         sums = {"loss_ce": focal.sum((1, 2, 3)),
                 "loss_bbox": (boxes - true_boxes).abs().sum((1, 2)),
                 "loss_giou": (1 - generalized_iou(boxes, true_boxes)).sum(1)}
-        # 3. Divided by the number of objects, not of queries, most of which find nothing.
-        normalizer = mean_over_processes(num_pairs, logits.device).clamp(min=1)
+        # 3. Divided by the number of objects or copies, not of queries, most of which find nothing.
+        normalizer = mean_over_processes(num_objects, logits.device).clamp(min=1)
         return {name: total / normalizer for name, total in sums.items()}
 
 
@@ -861,8 +864,8 @@ def check_targets(targets, num_images, num_classes):
         if labels.dtype != torch.long or labels.ndim != 1 or not is_float or boxes.shape != (len(labels), 4):
             raise ValueError(f"targets[{index}] must have labels, long [n], and boxes, float [n, 4], not "
                              f"{labels.dtype} {list(labels.shape)} and {boxes.dtype} {list(boxes.shape)}")
-        if labels.device.type != "cpu" or boxes.device.type != "cpu":
-            return
+    if any(target[name].device.type != "cpu" for target in targets for name in ("labels", "boxes")):
+        return
     labels, boxes = flatten_targets(targets, "cpu")
     corners, slack = box_convert(boxes, "cxcywh", "xyxy"), 1e-3                      # annotations are rounded
     sticks_out = ((corners < -slack) | (corners > 1 + slack)).any(1)

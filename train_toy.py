@@ -384,7 +384,7 @@ def ease_start(model, on_grid=True):
         boxes = F.pad(torch.cartesian_prod(y, x)[:count].flip(1), (0, 2), value=0.3)
         model.anchor_logits.weight.copy_(dn_detr.inverse_sigmoid(boxes))
     # The sine parts of query and key start as the same rotation (times 2, for a sharper peak), and the
-    # scales of positions as 1. Scores are then those of the encodings themselves: largest at the anchor.
+    # scales of positions as 1. Summed over the heads, scores are then largest at the anchor.
     for layer in model.decoder.layers:
         nn.init.orthogonal_(layer.cross_key_position.weight, gain=2)
         nn.init.zeros_(layer.cross_key_position.bias)
@@ -421,7 +421,7 @@ def load_detector(path, **overrides):
 
 
 def start_from(path, num_classes, overrides):
-    """The model of a checkpoint. If it has other classes, what depends on them starts anew."""
+    """The model of a checkpoint. If its number of classes differs, what depends on it starts anew."""
     old, _ = load_detector(path, **overrides)
     model = DNDETR(dataclasses.replace(old.config, num_classes=num_classes))
     state, fresh = old.state_dict(), model.state_dict()
@@ -563,11 +563,11 @@ def train_one_epoch(run, batches, description=""):
         run.optimizer.zero_grad()
         run.scaler.scale(losses["loss"]).backward()
         run.scaler.unscale_(run.optimizer)
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=0.1)           # as the authors
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=0.1)           # the authors' limit
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.schedule.step()
-        # Losses are read a step late. By then matching has waited for the GPU, so that this does not.
+        # Losses are read a step late. By then matching has waited for the GPU, so this need not.
         check_finite(*latest)
         if not run.scaler.is_enabled():         # it skips steps with infinite gradients by itself
             losses["gradient_norm"] = norm
@@ -601,8 +601,8 @@ def amp_dtype(device):
 
 
 class Run:
-    """Everything that training changes, and that a checkpoint must therefore hold. Random numbers are not
-    among it, because each epoch starts from a seed of its own."""
+    """Everything that training changes, and that a checkpoint must therefore hold. Random state is not
+    included, because each epoch starts from a seed of its own."""
     STATEFUL = ("model", "optimizer", "schedule", "scaler")
     PLAIN = ("epoch", "step", "seconds", "history", "matching")
 
@@ -855,7 +855,7 @@ def predict(options, device):
         images, _ = normalize(transform(image)[None], None, device, checkpoint["normalization"])
         result = postprocess(model(images), [image.shape[1:]])[0]
         results += [row | {"file_name": str(path)} for row in coco_results(image_id, result, names)]
-        shown = sum(result["scores"] >= options.threshold)                              # best first
+        shown = int((result["scores"] >= options.threshold).sum())                      # best first
         labels, scores = (result[key][:shown].tolist() for key in ("labels", "scores"))
         texts = [f"{list(names.values())[label]} {score:.2f}" for label, score in zip(labels, scores)]
         picture = draw_boxes(image, result["boxes"][:shown], texts, map(color_of, labels))
