@@ -980,9 +980,17 @@ def test_coco_loader_handles_gaps_crowds_degenerate_boxes_empty_images_and_limit
     transform = train_toy.coco_transform(60, augment=False)
     for size, expected in (((120, 150), (60, 75)), ((150, 120), (75, 60)), ((60, 300), (20, 100))):
         assert transform(torch.zeros(3, *size, dtype=torch.uint8)).shape[1:] == expected
-    dataset = train_toy.CocoDataset(*paths, image_size=48, augment=True)
-    for dataset.epoch in range(8):
-        dn_detr.check_targets([target for _, target in dataset], 3, 2)
+    for flags, is_cropped in ((["--model", "paper"], True), ([], False), (["--overfit", "3"], False)):
+        held_out = [] if "--overfit" in flags else ["--coco-val", *map(str, paths)]
+        flags = [*flags, "--coco-train", *map(str, paths), *held_out, "--image-size", "64"]
+        dataset, _ = train_toy.build_datasets(train_toy.parse_options(flags))
+        shapes = set()
+        for epoch in range(8):
+            train_toy.train_batches(dataset, 1, seed=0, epoch=epoch)        # sets the epoch
+            items = list(dataset)
+            dn_detr.check_targets([target for _, target in items], len(items), 2)
+            shapes |= {image.shape[1:] for image, _ in items}
+        assert (len(shapes) > 3) == is_cropped
 
 
 def test_batches_are_padded_masked_and_normalised_with_imagenets_numbers():
@@ -1415,7 +1423,9 @@ def test_overfit_trains_and_evaluates_on_the_same_images_without_augmentation(tm
         train_set, val_set = train_toy.build_datasets(train_toy.parse_options([*flags, "--overfit", "2"]))
         assert len(val_set) == 2 and len(train_set) == 200
         assert torch.equal(train_set[3][0], val_set[1][0])
-        assert isinstance(val_set.transform, (train_toy.v2.Resize, train_toy.v2.Identity))
+        first = [image for image, _ in val_set]
+        for val_set.epoch in range(1, 6):
+            assert all(torch.equal(image, again) for image, (again, _) in zip(first, val_set))
 
 
 # ---- train_toy.py: options, experiments, processes -----------------------------------------------

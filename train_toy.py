@@ -199,8 +199,8 @@ class CocoDataset(DetectionDataset):
     """Any data set in COCO format. Raises ValueError that says which file is missing or broken, before
     training starts."""
 
-    def __init__(self, folder, annotation_file, image_size, augment=False, **options):
-        super().__init__(read_coco(annotation_file), coco_transform(image_size, augment), **options)
+    def __init__(self, folder, annotation_file, image_size, augment=False, crop=False, **options):
+        super().__init__(read_coco(annotation_file), coco_transform(image_size, augment, crop), **options)
         self.paths = [Path(folder) / image["file_name"] for image in self.coco.loadImgs(self.image_ids)]
         missing = [path.name for path in self.paths if not path.is_file()]
         if missing:
@@ -248,15 +248,15 @@ def read_coco(path):
     return data
 
 
-def coco_transform(image_size, augment):
-    """Resize the shorter side to `image_size`, the longer one to 5/3 of it at most (DETR: 800 and 1333);
-    to augment, also mirror, crop, recolor and try smaller sizes."""
+def coco_transform(image_size, augment=False, crop=False):
+    """Resize the shorter side to `image_size`, the longer one to 5/3 of it at most (DETR: 800 and 1333). To
+    augment, also mirror and recolor. With `crop`, which takes a long training, also crop and rescale."""
     longest = image_size * 5 // 3
-    if not augment:
-        return v2.Resize(image_size, max_size=longest)
+    steps = [v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort()] if augment else []
+    if not crop:
+        return v2.Compose([*steps, v2.Resize(image_size, max_size=longest)])
     sizes = [image_size * sixteenths // 16 for sixteenths in range(10, 17)]
-    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort(),
-                       v2.RandomApply([v2.RandomIoUCrop(min_scale=0.5)], p=0.5),
+    return v2.Compose([*steps, v2.RandomApply([v2.RandomIoUCrop(min_scale=0.5)], p=0.5),
                        v2.RandomShortestSize(sizes, max_size=longest), v2.SanitizeBoundingBoxes(min_size=1)])
 
 
@@ -304,7 +304,8 @@ def build_datasets(options):
     count, size, seed = options.overfit, options.image_size, options.seed
     if options.coco_train:
         subset = count or options.subset
-        train_set = CocoDataset(*options.coco_train, size, augment=not count, seed=seed, subset=subset)
+        crop = options.model == "paper" and not count
+        train_set = CocoDataset(*options.coco_train, size, not count, crop, seed=seed, subset=subset)
         val_set = train_set if count else CocoDataset(*options.coco_val, size, subset=subset)
         same_classes("--coco-train", train_set.names, "--coco-val", val_set.names)
     else:
