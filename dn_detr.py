@@ -454,14 +454,12 @@ class DecoderLayer(nn.Module):
         self.self_key_content, self.self_key_position = nn.Linear(width, width), nn.Linear(width, width)
         self.self_value = nn.Linear(width, width)
         self.self_attn = Attention(config)
-
         self.cross_query_content, self.cross_query_sine = nn.Linear(width, width), nn.Linear(width, width)
         self.cross_key_content, self.cross_key_position = nn.Linear(width, width), nn.Linear(width, width)
         self.cross_value = nn.Linear(width, width)
         self.cross_attn = Attention(config)
         # In the first layer, where the content has seen nothing yet, positions are added to query and key.
         self.cross_query_position = nn.Linear(width, width) if is_first else None
-
         self.linear1 = nn.Linear(width, config.dim_feedforward)
         self.activation = ACTIVATIONS[config.activation]()
         self.linear2 = nn.Linear(config.dim_feedforward, width)
@@ -890,61 +888,17 @@ def check_targets(targets, num_images, num_classes):
 
 OFFICIAL_NAMES = {  # replaced in this order: a part of their names, and what we call it
     "module.": "", "transformer.": "", "backbone.0.body.": "backbone.", "input_proj.": "input_projection.",
-    "label_enc.": "label_embedding.",
-    "class_embed": "class_head", "decoder.bbox_embed": "box_head", "bbox_embed": "box_head",
-    "refpoint_embed": "anchor_logits", "ref_point_head": "anchor_mlp", "ref_anchor_head": "reference_size",
-    "query_scale": "position_scale", ".sa_": ".self_", ".ca_": ".cross_", "v_proj": "value",
+    "label_enc.": "label_embedding.", "class_embed": "class_head", "decoder.bbox_embed": "box_head",
+    "bbox_embed": "box_head", "refpoint_embed": "anchor_logits", "ref_point_head": "anchor_mlp",
+    "ref_anchor_head": "reference_size", "query_scale": "position_scale", ".sa_": ".self_", ".ca_": ".cross_",
     "qcontent_proj": "query_content", "qpos_proj": "query_position", "qpos_sine_proj": "query_sine",
-    "kcontent_proj": "key_content", "kpos_proj": "key_position"}
+    "kcontent_proj": "key_content", "kpos_proj": "key_position", "v_proj": "value"}
 OFFICIAL_ARGS = {  # what the weights do not show: one of our fields, and their option
     "dn_groups": "scalar", "label_noise": "label_noise_scale", "center_noise": "box_noise_scale",
-    "size_noise": "box_noise_scale", "num_heads": "nheads", "dropout": "dropout", "dilation": "dilation",
-    "activation": "transformer_activation"}
-RESNETS = {(512, 2): "resnet18", (512, 6): "resnet34", (2048, 6): "resnet50", (2048, 23): "resnet101",
-           (2048, 36): "resnet152"}    # by their output channels and their blocks in layer3
-
-
-def read_checkpoint(path):
-    """The dict in a checkpoint file, read without running code from it. ValueError if there is none."""
-    torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold their options
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        problem = "it holds no dict"
-    except FileNotFoundError:
-        content, problem = None, "there is no such file"
-    except Exception:       # of many types, with texts that advise to run code from the file
-        content, problem = None, "it is damaged, or not a file of tensors and plain values by torch.save"
-    require(isinstance(content, dict), f"{path} can't be read as a checkpoint: {problem}")
-    return content
-
-
-def load_official(model_class, checkpoint, overrides):
-    """A model of `model_class`, on the CPU, with the authors' weights. Loading is strict.
-
-    `checkpoint`: the path of a file as they release it, its dict, or a bare state dict. Sizes are read off
-    the weights. The rest comes from `overrides` (fields of DNDETRConfig), else from the options in the file,
-    else it is as in the paper. Raises ValueError for a file that is not theirs, and for weights that do not
-    fit, which are listed.
-    """
-    is_dict = isinstance(checkpoint, dict)
-    origin, content = ("this dict", checkpoint) if is_dict else (checkpoint, read_checkpoint(checkpoint))
-    weights, args = content.get("model", content), content.get("args", {})
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    state = {}              # their box head is stored under two names, which become one
-    try:
-        for name, tensor in weights.items():
-            for theirs, ours in OFFICIAL_NAMES.items():
-                name = name.replace(theirs, ours)
-            state[name] = tensor
-        config = official_config(state, args)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"{origin} is not a DN-DETR checkpoint of the authors: {error}") from error
-    model = model_class(DNDETRConfig(**config | overrides))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights of {origin} do not fit the model: {error}") from error
-    return model
+    "size_noise": "box_noise_scale", "num_heads": "nheads", "dropout": "dropout", "dilation": "dilation"}
+RESNETS = {  # by their output channels, and blocks in layer3
+    (512, 2): "resnet18", (512, 6): "resnet34", (2048, 6): "resnet50", (2048, 23): "resnet101",
+    (2048, 36): "resnet152"}
 
 
 def official_config(state, args):
@@ -953,15 +907,57 @@ def official_config(state, args):
         return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
     resnet = state["input_projection.weight"].shape[1], count("backbone.layer3.")
-    config = {ours: args[theirs] for ours, theirs in OFFICIAL_ARGS.items() if theirs in args}
-    if "decoder.layers.0.activation.weight" in state:
-        config["activation"] = "prelu"
-    return {"activation": "relu"} | config | {
+    has_slopes = "decoder.layers.0.activation.weight" in state
+    return {ours: args[theirs] for ours, theirs in OFFICIAL_ARGS.items() if theirs in args} | {
         "num_classes": len(state["class_head.weight"]), "num_queries": len(state["anchor_logits.weight"]),
         "hidden_dim": len(state["decoder.norm.bias"]), "num_patterns": len(state.get("patterns.weight", ())),
         "dim_feedforward": len(state["decoder.layers.0.linear1.weight"]),
         "num_encoder_layers": count("encoder.layers."), "num_decoder_layers": count("decoder.layers."),
-        "backbone": RESNETS.get(resnet, f"a network of {resnet[0]} channels, {resnet[1]} blocks in layer3")}
+        "backbone": RESNETS.get(resnet, f"a network of {resnet[0]} channels, {resnet[1]} blocks in layer3"),
+        "activation": "prelu" if has_slopes else args.get("transformer_activation", "relu")}
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint file, read without running code from it. Raises ValueError if it can't be."""
+    torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold their options
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} can't be read as a checkpoint: there is no such file") from None
+    except Exception:       # of many types, with texts that advise to run code from the file
+        content = None
+    require(isinstance(content, dict), f"{path} can't be read as a checkpoint: it is damaged, or not a dict "
+            "of tensors and plain values by torch.save")
+    return content
+
+
+def load_official(model_class, checkpoint, overrides):
+    """A model of `model_class`, on the CPU, with the authors' weights. Loading is strict.
+
+    `checkpoint`: the path of a file as they release it, its dict, or a bare state dict. Sizes are read off
+    the weights. The rest comes from `overrides` (fields of DNDETRConfig), else from the options in the file,
+    else it is as in the paper. Raises ValueError for what is not theirs, with the tensors that do not fit.
+    """
+    is_dict = isinstance(checkpoint, dict)
+    origin, content = ("this dict", checkpoint) if is_dict else (checkpoint, read_checkpoint(checkpoint))
+    weights, args = content.get("model", content), content.get("args", {})
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    are_dicts = isinstance(weights, dict) and isinstance(args, dict)
+    require(are_dicts and all(isinstance(tensor, Tensor) for tensor in weights.values()),
+            f"{origin} is not a DN-DETR checkpoint of the authors: its model is not a state dict")
+    state = {}              # their box head is stored under two names, which become one
+    for name, tensor in weights.items():
+        for theirs, ours in OFFICIAL_NAMES.items():
+            name = name.replace(theirs, ours)
+        state[name] = tensor
+    try:
+        model = model_class(DNDETRConfig(**official_config(state, args) | overrides))
+        model.load_state_dict(state)
+    except KeyError as error:
+        raise ValueError(f"{origin} is not a DN-DETR checkpoint of the authors: it lacks {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {origin} do not fit the model: {error}") from error
+    return model
 
 
 # ---- 16. python dn_detr.py: a tour in a few seconds ----------------------------------------------
@@ -970,26 +966,25 @@ def tour():
     """Print noised boxes, the mask, the shapes of the outputs, and the terms of the loss."""
     torch.manual_seed(0)
     boxes = torch.tensor([[0.5, 0.4, 0.3, 0.2], [0.7, 0.6, 0.4, 0.5]])
-    print("1. An object (cx cy w h) and three noised copies of it:")
-    for name in ("truth", "copy", "copy", "copy"):
-        box = boxes[0] if name == "truth" else noise_boxes(boxes, 0.4, 0.4)[0]
-        print(f"    {name:5} " + " ".join(f"{number:.3f}" for number in box))
+    print("1. An object (cx cy w h), and three noised copies of it:")
+    for box in (boxes[:1], *(noise_boxes(boxes[:1], 0.4, 0.4) for _ in range(3))):
+        print("    " + " ".join(f"{number:.3f}" for number in box[0]))
     print("2. The attention mask, 2 groups of 2 copies, then 6 matching queries (x = blocked):")
     for row in dn_attention_mask(2, 2, 6):
         print("    " + " ".join("x" if is_blocked else "." for is_blocked in row))
     config = DNDETRConfig(num_classes=3, num_queries=6, hidden_dim=32, num_heads=4, num_encoder_layers=1,
                           num_decoder_layers=2, dim_feedforward=64, backbone="small", dn_groups=2)
-    targets = [{"labels": torch.tensor([0]), "boxes": boxes[:1]},
-               {"labels": torch.tensor([1, 2]), "boxes": boxes}]
+    labels = torch.tensor([1, 2])
+    targets = [{"labels": labels[:1], "boxes": boxes[:1]}, {"labels": labels, "boxes": boxes}]
     outputs = DNDETR(config)(torch.randn(2, 3, 64, 64), targets=targets)
     print("3. The outputs in training (at inference, there are none that begin with dn):")
     for name, letters in (("dn_logits", "L, B, P*M, C"), ("dn_boxes", "L, B, P*M, 4"),
                           ("all_logits", "L, B, N, C"), ("all_boxes", "L, B, N, 4")):
         print(f"    {name} [{letters}] = {list(outputs[name].shape)}")
     losses = DNDETRCriterion(config)(outputs, targets)
-    print(f"4. The loss is {losses['loss']:.2f}; its terms in the last layer, matching and denoising:")
-    for name in ("loss_ce", "loss_bbox", "loss_giou"):
-        print(f"    {name:9} {losses[name]:6.2f} {losses[f'dn_{name}']:6.2f}")
+    print("4. The loss, and its two parts:")
+    for name in ("loss", "loss_matching", "loss_denoising"):
+        print(f"    {name:14} {losses[name]:6.2f}")
 
 
 if __name__ == "__main__":
