@@ -513,8 +513,7 @@ class Decoder(nn.Module):
                                     for index in range(config.num_decoder_layers))
         self.norm = nn.LayerNorm(width)
         self.anchor_mlp = MLP(2 * width, width, width)      # encoding of an anchor -> query_position
-        if len(self.layers) > 1:                            # the first layer does without
-            self.position_scale = MLP(width, width, width)  # content -> weight of each sine and cosine
+        self.position_scale = MLP(width, width, width)      # content -> weight of each sine and cosine
         self.reference_size = MLP(width, width, 2)          # content -> (w_ref, h_ref)
 
     def forward(self, content, anchor_logits, memory, memory_position, blocked, token_padding, box_head):
