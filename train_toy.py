@@ -12,21 +12,16 @@
     torchrun --nproc-per-node 8 train_toy.py ...                 several processes, one per GPU
 
 Each command has a --help. A training also takes every field of DNDETRConfig: --dn-groups 2 --hidden-dim 128.
-
-Start reading at train() in section 8: its inner loop is the training step. Above it stands what it uses:
-1 options, 2 processes and files, 3 shapes, 4 datasets, 5 model, 6 evaluation, 7 plots. Below it follow
-9 predictions, 10 experiments.
+Start reading at train() in section 8: its inner loop is the training step. What it uses stands above it.
 """
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
 import sys
 import time
-import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -61,16 +56,24 @@ TOY_COCO = TOY | dict(num_queries=100, hidden_dim=128, num_encoder_layers=1, dim
                       small_widths=(32, 64, 128, 256))
 FIELDS = {field.name: field.type for field in dataclasses.fields(DNDETRConfig) if field.name != "num_classes"}
 
-RUN = dict(seed=0, batch_size=8, workers=0, device=None, amp=False, model="toy", anchors="grid", overfit=None,
-           pretrained_backbone=False, init=None, resume=None, coco_train=None, coco_val=None)
 DEFAULTS = {
-    "shapes": RUN | dict(epochs=8, lr=3e-3, train_size=3200, val_size=300, output_dir="runs/shapes"),
-    "photographs": RUN | dict(epochs=50, lr=1e-3, image_size=256, workers=2, output_dir="runs/coco"),
-    "overfit": dict(epochs=6, lr=1e-3, batch_size=4, workers=0, output_dir="runs/overfit"),
+    "train": dict(seed=0, epochs=8, batch_size=8, lr=3e-3, workers=0, device=None, amp=False, model="toy",
+                  anchors="grid", pretrained_backbone=False, init=None, resume=None, coco_train=None,
+                  coco_val=None, overfit=None, image_size=None, train_size=3200, val_size=300,
+                  output_dir="runs/shapes"),
     "evaluate": dict(coco_val=None, image_size=None, batch_size=8, workers=2, device=None, amp=False),
     "predict": dict(image_size=None, threshold=0.3, device=None, output_dir="runs/predictions"),
-    "experiment": dict(anchors="normal", epochs=12, batch_size=8, train_size=800, val_size=200, device=None,
-                       seeds=[0, 1, 2, 3, 4], jobs=None, output_dir="runs/experiment")}
+    "compare": dict(anchors="normal", epochs=12, batch_size=8, train_size=800, val_size=200, device=None,
+                    seeds=[0, 1, 2, 3, 4], jobs=None, output_dir="runs/experiment")}
+DEFAULTS["ablate"] = DEFAULTS["compare"]
+VARIANTS = {    # of a training: other defaults, and the options that have no effect
+    "shapes": (dict(), {"coco_val", "image_size"}),
+    "coco_train": (dict(epochs=50, lr=1e-3, image_size=256, workers=2, output_dir="runs/coco"),
+                   {"train_size", "val_size"}),
+    "overfit": (dict(epochs=6, lr=1e-3, batch_size=4, workers=0, output_dir="runs/overfit"),
+                {"coco_val", "train_size", "val_size"}),
+    "init": (dict(lr=1e-4), {"model", "anchors", "pretrained_backbone"}),
+    "paper": (dict(lr=1e-4), {"anchors"})}
 
 
 def positive(text):
@@ -79,90 +82,76 @@ def positive(text):
     return int(text)
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
+PATHS = dict(nargs=2, metavar=("IMAGES_DIR", "JSON"))
+OPTIONS = {
+    "coco_train": dict(**PATHS, help="a folder of images, and their annotations in COCO format"),
+    "coco_val": dict(**PATHS, help="the same for the held-out images"),
+    "overfit": dict(type=positive, metavar="N", help="learn the first N training images by heart"),
+    "resume": dict(metavar="DIR", help="continue the run in this folder; its data may have moved"),
+    "init": dict(metavar="CHECKPOINT", help="start from a checkpoint, ours or the authors'"),
+    "model": dict(choices=("toy", "paper"), help="paper: the R50 architecture, with our recipe"),
+    "pretrained_backbone": dict(action="store_true", help="ImageNet weights, downloaded"),
+    "anchors": dict(choices=("grid", "normal"), help="initial anchors; normal: at random, as in the paper"),
+    "epochs": dict(type=positive, help="passes over the training images"),
+    "batch_size": dict(type=positive, help="images a step, over all processes"),
+    "lr": dict(type=float, help="learning rate"),
+    "seed": dict(type=int, help="decides weights, shapes, order, augmentation and noise"),
+    "seeds": dict(type=int, nargs="+", help="of the runs of each configuration"),
+    "jobs": dict(type=positive, help="runs at a time; if not given, one per CPU core, or one on a GPU"),
+    "train_size": dict(type=positive, help="training images of shapes"),
+    "val_size": dict(type=positive, help="held-out images of shapes"),
+    "image_size": dict(type=positive, help="shorter side of a photograph (paper: 800)"),
+    "threshold": dict(type=float, help="lowest score of a detection that is kept"),
+    "workers": dict(type=int, help="processes that load images"),
+    "amp": dict(action="store_true", help="bfloat16 where the device has it, else float16"),
+    "device": dict(help="cuda, mps or cpu; if not given, the first that is there"),
+    "output_dir": dict(help="where the files go")}
+KINDS = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=int, nargs="+")}
+for name, kind in FIELDS.items():
+    OPTIONS[name] = KINDS.get(kind, dict(type=kind)) | dict(help=argparse.SUPPRESS)
 
 
 def parse_options(argv=None):
-    """The options of a command, with its defaults. Ends the program for those that are wrong."""
+    """The options of a command, with its defaults. Ends the program if one is wrong or would have no effect.
+    Raises ValueError if a run to resume can't be read."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = ("train", "evaluate", "predict", "compare", "ablate")
-    command = argv.pop(0) if argv and argv[0] in commands else "train"
-    defaults = "".join(f"\n  {name}: {values}" for name, values in DEFAULTS.items())
-    parser = argparse.ArgumentParser(f"train_toy.py {command}", f"train_toy.py {command} [options]",
-                                     f"{__doc__}\nDefaults:{defaults}", argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, paths = parser.add_argument, dict(nargs=2, metavar=("IMAGES_DIR", "JSON"))
-    if command in ("evaluate", "predict"):
-        add("checkpoint", help="ours or the authors'")
-    if command == "predict":
-        add("images", nargs="+", help="image files, and folders of them")
-        add("--threshold", type=float, help="lowest score of a detection that is kept")
+    command = argv.pop(0) if argv and argv[0] in DEFAULTS else "train"
+    defaults = DEFAULTS[command]
+    about = f"Defaults: {defaults}"
     if command == "train":
-        add("--coco-train", **paths, help="a folder of images, and their annotations in COCO format")
-        add("--overfit", type=positive, metavar="N", help="learn the first N training images by heart")
-        add("--resume", metavar="DIR", help="continue the run in this folder; its data may have moved")
-        add("--init", metavar="CHECKPOINT", help="start from a checkpoint, ours or the authors'")
-        add("--model", choices=("toy", "paper"), help="paper: the R50 architecture, with our recipe")
-        add("--pretrained-backbone", action="store_true", help="ImageNet weights, downloaded")
-        add("--lr", type=float, help="learning rate; 1e-4 with --init and --model paper")
-        add("--seed", type=int, help="decides weights, shapes, order, augmentation and noise")
-        for name, kind in FIELDS.items():
-            how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=int, nargs="+")}
-            add(flag(name), **how.get(kind, dict(type=kind)), help=argparse.SUPPRESS)
-    if command in ("train", "evaluate"):
-        add("--coco-val", **paths, help="the same for the held-out images")
-        add("--workers", type=int, help="processes that load images")
-        add("--amp", action="store_true", help="bfloat16 where the device has it, else float16")
-    if command in ("train", "evaluate", "predict"):
-        add("--image-size", type=positive, help="shorter side of a photograph (paper: 800)")
-    if command in ("train", "compare", "ablate"):
-        add("--anchors", choices=("grid", "normal"), help="initial anchors; normal: at random, as in the paper")
-        add("--epochs", type=positive, help="passes over the training images")
-        add("--train-size", type=positive, help="training images of shapes")
-        add("--val-size", type=positive, help="held-out images of shapes")
-    if command in ("compare", "ablate"):
-        add("--seeds", type=int, nargs="+", help="of the runs of each configuration")
-        add("--jobs", type=positive, help="runs at a time; if not given, one per CPU core, or one on a GPU")
-    if command != "predict":
-        add("--batch-size", type=positive, help="images a step, over all processes")
-    if command != "evaluate":
-        add("--output-dir", help="where the files go")
-    add("--device", help="cuda, mps or cpu; if not given, the first that is there")
-    try:
-        return complete(command, vars(parser.parse_args(argv)))
-    except ValueError as error:
-        parser.error(str(error))
+        about += f"\nOther defaults, and options without effect: {VARIANTS}"
+    parser = argparse.ArgumentParser(f"train_toy.py {command}", description=__doc__, epilog=about,
+                                     argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    if command in ("evaluate", "predict"):
+        parser.add_argument("checkpoint", help="ours or the authors'")
+    if command == "predict":
+        parser.add_argument("images", nargs="+", help="image files, and folders of them")
+    for name, how in OPTIONS.items():
+        if name in defaults or command == "train" and name in FIELDS:
+            parser.add_argument("--" + name.replace("_", "-"), **how)
+    given = vars(parser.parse_args(argv))
 
-
-def complete(command, given):
-    """The options `given`, and the defaults of the others. Raises ValueError if one would have no effect."""
+    useless = set()     # options without effect
     if "resume" in given:
         saved = read_checkpoint(Path(given["resume"]) / "last.pt")
         if "options" not in saved:
-            raise ValueError(f"{given['resume']}/last.pt is not from a run")
+            parser.error(f"{given['resume']}/last.pt is not from a run")
         defaults = saved["options"] | {"device": None, "output_dir": given["resume"]}
-        allowed = {"resume", "coco_train", "coco_val", "device", "workers"}
+        useless = given.keys() - {"resume", "coco_train", "coco_val", "device", "workers"}
     elif command == "train":
-        defaults = DEFAULTS["photographs" if "coco_train" in given else "shapes"]
-        allowed = defaults.keys() | FIELDS.keys()
         if "coco_train" in given and not given.keys() & {"coco_val", "overfit"}:
-            raise ValueError("--coco-val is missing: AP is measured on images that were not trained on")
-        if "overfit" in given:
-            defaults, allowed = defaults | DEFAULTS["overfit"], allowed - {"coco_val", "val_size", "train_size"}
-        if "init" in given:
-            allowed -= {"model", "anchors", "pretrained_backbone"}
-        if "init" in given or given.get("model") == "paper":
-            defaults = defaults | {"lr": 1e-4}
-    else:
-        defaults, allowed = DEFAULTS.get(command, DEFAULTS["experiment"]), given.keys()
-    if given.keys() - allowed:
-        raise ValueError(f"{flag(min(given.keys() - allowed))} has no effect with these options: drop it")
+            parser.error("--coco-val is missing: AP is measured on images that were not trained on")
+        chosen = given.keys() | {given.get("model"), "coco_train" if "coco_train" in given else "shapes"}
+        for name, (values, without_effect) in VARIANTS.items():
+            if name in chosen:
+                defaults, useless = defaults | values, useless | without_effect
+    for name in sorted(useless & given.keys()):
+        parser.error(f"--{name.replace('_', '-')} has no effect with these options: drop it")
     return argparse.Namespace(**{"command": command} | defaults | given)
 
 
 # ---- 2. Processes, devices, files: nothing here is about detection ------------------------------
-
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -189,13 +178,11 @@ def pick_device(name=None):
 
 def parallel(model, device):
     """The model, with its gradients averaged over the processes."""
-    if world_size() == 1:
-        return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # A single decoder layer does not use position_scale, which the authors' weights contain all the same.
-    return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None,
-                                               find_unused_parameters=model.config.num_decoder_layers == 1)
+    unused = model.config.num_decoder_layers == 1
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
 
 
 def amp_dtype(device):
@@ -233,7 +220,9 @@ def progress(iterable, description):
 
 
 def write(path, write_to):
-    """Write a file so that a killed process or a full disk leaves the old one or the new one, whole."""
+    """Write a file, in the first process only. A killed process or a full disk leaves the old one, whole."""
+    if rank() > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         write_to(temporary)
@@ -305,36 +294,30 @@ def open_shapes(size, seed, split):
 
 # ---- 4. Datasets in COCO format, and batches -----------------------------------------------------
 
-
-def is_number(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def read_coco(path):
     """The dict in an annotation file. Raises ValueError that shows the first record that is wrong."""
     with explain(f"{path} can't be read as JSON", OSError, ValueError):
         data = json.loads(Path(path).read_bytes())      # bytes, so that the encoding is found out
-    images, categories = set(), set()                   # ids
+    images, categories = set(), set()                   # ids; isfinite also refuses what is not a number
     rules = {
-        "images": ("an id, a file_name, and a width and height above 0, in pixels",
-                   lambda x: isinstance(x["file_name"], str) and is_number(x["width"])
-                   and is_number(x["height"]) and min(x["width"], x["height"]) > 0),
-        "categories": ("an id and a name", lambda x: isinstance(x["name"], (str, int))),
-        "annotations": ("the image_id of an image, the category_id of a category, a bbox [x, y, width, height] "
-                        "of numbers, in pixels, and area and iscrowd, if there, as numbers",
+        "images": (images, "an id of its own, a file_name, and a width and height above 0, in pixels",
+                   lambda x: x["id"] not in images and isinstance(x["file_name"], str)
+                   and all(0 < x[side] < math.inf for side in ("width", "height"))),
+        "categories": (categories, "an id of its own, and a name",
+                       lambda x: x["id"] not in categories and isinstance(x["name"], (str, int))),
+        "annotations": (set(), "the image_id of an image, the category_id of a category, a bbox [x, y, "
+                        "width, height] in pixels, and numbers as area and iscrowd, if there",
                         lambda x: x["image_id"] in images and x["category_id"] in categories
-                        and [is_number(number) for number in x["bbox"]] == [True] * 4
-                        and is_number(x.get("area") or 0) and int(x.get("iscrowd") or 0) in (0, 1))}
-    for kind, ids in (("images", images), ("categories", categories), ("annotations", set())):
-        needs, is_right = rules[kind]
-        with explain(f"{path} is not in COCO format, it needs lists of images, categories, annotations", Exception):
+                        and len(x["bbox"]) == 4 and all(map(math.isfinite, x["bbox"]))
+                        and math.isfinite(x.get("area") or 0) and int(x.get("iscrowd") or 0) in (0, 1))}
+    for kind, (ids, needs, is_right) in rules.items():
+        with explain(f"{path} is not in COCO format: it has no list of {kind}", Exception):
             records = list(data[kind])
         for number, record in enumerate(records):
             with explain(f"{path}: {kind} need {needs}. Number {number} is {str(record)[:300]}", Exception):
-                id = number if kind == "annotations" else record["id"]      # those of annotations are not used
-                if not is_right(record) or id in ids:
-                    raise ValueError("wrong value, or an id for the second time")
-                ids.add(id)
+                if not is_right(record):
+                    raise ValueError("a wrong value")
+                ids.add(record.get("id"))
     return data
 
 
@@ -365,11 +348,12 @@ def read_image(path, image_size, upright=False):
         return v2.functional.pil_to_tensor(image), (height, width)
 
 
-def load_image(paths, sizes, image_size, index):
-    image, size = read_image(paths[index], image_size)
-    if size != sizes[index]:
-        raise ValueError(f"{paths[index]} has {size} pixels (height, width), not {sizes[index]} as annotated: "
-                         "was it resized, or turned by its EXIF tag?")
+def load_image(folder, images, image_size, index):
+    path, annotated = os.path.join(folder, images[index]["file_name"]), images[index]
+    image, size = read_image(path, image_size)
+    if size != (annotated["height"], annotated["width"]):
+        raise ValueError(f"{path} has {size} pixels (height, width), not as annotated: was it resized, or "
+                         "turned by its EXIF tag?")
     return image
 
 
@@ -377,12 +361,11 @@ def open_coco(folder, annotation_file, image_size, count=None):
     """-> the dict of an annotation file, with its first `count` images, and a function that loads image i.
     Raises ValueError that says which file is missing or broken."""
     data = read_coco(annotation_file)
-    data["images"] = data["images"][:count]
-    paths = [os.path.join(folder, image["file_name"]) for image in data["images"]]
+    images = data["images"] = data["images"][:count]
+    paths = [os.path.join(folder, image["file_name"]) for image in images]
     if missing := [path for path in paths if not os.path.isfile(path)]:
         raise ValueError(f"{len(missing)} of {len(paths)} images are missing, e.g. {missing[0]}")
-    sizes = [(image["height"], image["width"]) for image in data["images"]]
-    return data, functools.partial(load_image, paths, sizes, image_size)
+    return data, functools.partial(load_image, folder, images, image_size)
 
 
 class DetectionDataset(Dataset):
@@ -390,8 +373,10 @@ class DetectionDataset(Dataset):
     (cxcywh in [0, 1]), index, image_id, and size, the (height, width) in which AP is measured.
 
     `data` is a dict in COCO format, `load` returns image i. A label is the rank of its category id in `names`
-    {category id: name}, by default those of `data`. Augmentation is drawn from (seed, epoch, index): the same in
-    every process, whatever happened before. Raises ValueError for boxes in another format, and if none is left.
+    {category id: name}, by default those of `data`. Augmentation is drawn from (seed, epoch, index): the same
+    in every process, whatever happened before. Training and `truth`, by which AP is measured, have the same
+    boxes, clipped to the image; only crowds are in `truth` alone, so that detections on them are ignored.
+    Raises ValueError for other categories, for boxes in another format, and if no object is left.
     """
     epoch = 0
 
@@ -404,55 +389,42 @@ class DetectionDataset(Dataset):
         self.image_ids = [image["id"] for image in data["images"]]
         self.sizes = [(image["height"], image["width"]) for image in data["images"]]
         index_of = {image_id: index for index, image_id in enumerate(self.image_ids)}
-        annotations = [each for each in data["annotations"] if each["image_id"] in index_of]
-        for id in {each["category_id"] for each in annotations}:
-            if self.names.get(id) != own_names[id]:
-                raise ValueError(f"{source}: category {id} is {own_names[id]!r}, but the categories of the model "
-                                 f"are {str(self.names)[:300]}")
-        self.read_objects(annotations, index_of)
-        if not any(map(len, self.labels)):
-            raise ValueError(f"{source}: no object is left. The first {len(self)} images (--overfit takes no others) "
-                             f"have {len(annotations)} of {len(data['annotations'])} annotations; {self.crowds} are "
-                             f"iscrowd, {self.dropped} were dropped: no pixel wide or high, or outside their image")
-
-    def read_objects(self, annotations, index_of):
-        """Set labels and boxes (xyxy, in pixels of the file) of every image, and the ground truth of AP. In both,
-        boxes are clipped to their image, and dropped if less than a pixel is left. Crowds are not trained on;
-        for AP they stay, so that detections on them are ignored."""
         label_of = {id: label for label, id in enumerate(self.names)}
-        images = [index_of[each["image_id"]] for each in annotations]
-        boxes = torch.tensor([each["bbox"] for each in annotations], dtype=torch.float32).reshape(-1, 4)
-        if len(boxes) and boxes[:, 2:].abs().max() <= 2:
-            raise ValueError(f"{self.source}: every bbox fits into 2 x 2 pixels, e.g. {boxes[0].tolist()}. A bbox "
-                             "is [x, y, width, height] in pixels, and not relative to the image")
-        corners = box_convert(boxes, "xywh", "xyxy")
-        limits = torch.tensor([self.sizes[image][::-1] * 2 for image in images]).reshape(-1, 4)   # w, h, w, h
-        inside = corners.clamp(min=0).minimum(limits)
-        is_kept = (inside[:, 2:] - inside[:, :2] > 0.99).all(1)                 # a pixel, but for rounding
-        is_clipped = is_kept & ((inside - corners).abs() > 1).any(1)            # less is rounding, too
-        if is_clipped.sum() > len(boxes) / 2:
-            raise ValueError(f"{self.source}: {is_clipped.sum()} of {len(boxes)} boxes reach out of their image. A "
-                             "bbox is [x, y, width, height] in pixels, and not [x0, y0, x1, y1]")
-        is_crowd = torch.tensor([int(each.get("iscrowd") or 0) for each in annotations]).bool()
-        self.dropped, self.clipped, self.crowds = (int(x.sum()) for x in (~is_kept, is_clipped, is_crowd))
-        labels = torch.tensor([label_of[each["category_id"]] for each in annotations]).long()
-        rows, self.truth = [[] for _ in self.sizes], []
-        for row in is_kept.nonzero().flatten().tolist():
-            x, y, w, h = box_convert(inside[row], "xyxy", "xywh").tolist()
-            area = annotations[row].get("area") or 0            # may be missing, or negative
-            self.truth.append({"id": row + 1, "image_id": images[row], "category_id": int(labels[row]),
-                               "bbox": [x, y, w, h], "area": area if area > 0 else w * h,
-                               "iscrowd": int(is_crowd[row])})  # pycocotools takes the id 0 for "none"
-            rows[images[row]] += [] if is_crowd[row] else [row]
-        self.labels, self.boxes = [labels[each] for each in rows], [inside[each] for each in rows]
+        annotations = [each for each in data["annotations"] if each["image_id"] in index_of]
+        objects, self.truth, self.dropped, self.clipped = [[] for _ in self.sizes], [], 0, 0
+        for number, each in enumerate(annotations, 1):          # pycocotools takes the id 0 for "none"
+            index, id, (x, y, w, h) = index_of[each["image_id"]], each["category_id"], each["bbox"]
+            if self.names.get(id) != own_names[id]:
+                raise ValueError(f"{source}: category {id} is {own_names[id]!r}, but the categories of the "
+                                 f"model are {str(self.names)[:300]}")
+            height, width = self.sizes[index]
+            x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+            if min(x1 - x0, y1 - y0) < 0.99:                    # a pixel, but for rounding
+                self.dropped += 1
+                continue
+            self.clipped += max(x0 - x, y0 - y, x + w - x1, y + h - y1) > 1         # less is rounding, too
+            area, is_crowd = each.get("area") or 0, int(each.get("iscrowd") or 0)   # area may be negative
+            self.truth.append({"id": number, "image_id": index, "category_id": label_of[id],
+                               "bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": is_crowd,
+                               "area": area if area > 0 else (x1 - x0) * (y1 - y0)})
+            objects[index] += [] if is_crowd else [(label_of[id], x0, y0, x1, y1)]
+        tables = [torch.tensor(each, dtype=torch.float32).reshape(-1, 5) for each in objects]
+        self.labels, self.boxes = [each[:, 0].long() for each in tables], [each[:, 1:] for each in tables]
+        largest = max((abs(side) for each in annotations for side in each["bbox"][2:]), default=math.inf)
+        if self.clipped > len(annotations) / 2 or largest <= 2:
+            raise ValueError(f"{source}: all boxes fit into 2 x 2 pixels, or most leave their image. A bbox "
+                             "is [x, y, width, height] in pixels, not relative, and not [x0, y0, x1, y1]")
+        if not any(objects):
+            raise ValueError(f"{source}: no object in the first {len(self)} images. {self.dropped} were dropped "
+                             f"(no pixel inside their image), {len(self.truth)} are iscrowd")
 
     def __len__(self):
         return len(self.sizes)
 
     def __getitem__(self, index):
-        image, (height, width) = self.load(index), self.sizes[index]
+        image, size = self.load(index), self.sizes[index]
         h, w = image.shape[-2:]
-        boxes = self.boxes[index] * torch.tensor([w / width, h / height] * 2)
+        boxes = self.boxes[index] * torch.tensor([w / size[1], h / size[0]] * 2)
         target = {"labels": self.labels[index],
                   "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(h, w))}
         with torch.random.fork_rng(devices=[]):         # leaves the random numbers of denoising alone
@@ -461,33 +433,30 @@ class DetectionDataset(Dataset):
         h, w = image.shape[-2:]
         boxes = target["boxes"].as_subclass(Tensor) / torch.tensor([w, h, w, h])
         return image.as_subclass(Tensor), {"labels": target["labels"], "boxes": boxes, "index": index,
-                                           "image_id": self.image_ids[index], "size": (height, width)}
+                                           "image_id": self.image_ids[index], "size": size}
 
     def class_counts(self):
         return torch.cat(self.labels).bincount(minlength=len(self.names)).tolist()
 
     def describe(self, num_queries):
         """A line about the data, and a warning of what will not work with them."""
-        counts, classes = [len(labels) for labels in self.labels], self.class_counts()
-        absent, fullest = classes.count(0), max(counts)
-        text = (f"{self.source}: {len(self)} images, {sum(counts)} objects of {len(classes) - absent} classes, at "
-                f"most {fullest} in an image")
-        if fullest > num_queries:
-            text += f"\n  more than the model has queries ({num_queries}): raise --num-queries"
-        if fullest > 100:
-            text += "\n  more than the 100 detections that AP counts in an image, so it can't reach 100"
-        if absent:
-            text += f"\n  {absent} of {len(classes)} classes have no object: are the category ids right?"
-        if self.dropped or self.clipped:
-            text += (f"\n  {self.dropped} boxes dropped (no pixel wide or high, or outside their image), and "
-                     f"{self.clipped} clipped to their image")
-        return text
+        counts, most = self.class_counts(), max(map(len, self.labels))
+        absent = counts.count(0)
+        warnings = {
+            f"more in an image than the {num_queries} queries: raise --num-queries": most > num_queries,
+            "more in an image than the 100 that AP counts, so it can't reach 100": most > 100,
+            f"{absent} of {len(counts)} classes have no object: are the category ids right?": absent > 0,
+            f"{self.dropped} boxes without a pixel in their image dropped": self.dropped > 0,
+            f"{self.clipped} boxes clipped to their image": self.clipped > 0}
+        text = (f"{self.source}: {len(self)} images, at most {most} objects in one, {sum(counts)} objects of "
+                f"{len(counts) - absent} classes in all")
+        return "\n  ".join([text, *filter(warnings.get, warnings)])
 
 
 def build_dataset(options, split, names=None, augment=False):
     """The "train" or the "val" dataset of a run; with --overfit, both are the same images. Photographs are
     cropped and rescaled for the paper's model only: with few steps, crops cost more than they give."""
-    count, size = options.overfit, getattr(options, "image_size", None)
+    count, size = options.overfit, options.image_size
     split = "train" if count else split
     if options.coco_train or options.coco_val:
         folder, source = options.coco_train if split == "train" else options.coco_val
@@ -498,9 +467,8 @@ def build_dataset(options, split, names=None, augment=False):
             steps += [v2.RandomApply([v2.RandomIoUCrop(min_scale=0.5)], p=0.5),
                       v2.RandomShortestSize(sizes, max_size=size * 5 // 3), v2.SanitizeBoundingBoxes()]
     else:
-        source = "training shapes" if split == "train" else "held-out shapes"
-        number = count or (options.train_size if split == "train" else options.val_size)
-        data, load = open_shapes(number, options.seed, split)
+        source, sizes = f"shapes ({split})", {"train": options.train_size, "val": options.val_size}
+        data, load = open_shapes(count or sizes[split], options.seed, split)
         steps = [v2.RandomHorizontalFlip(), v2.RandomInvert(), v2.RandomChannelPermutation()]
     augmentation = v2.Compose(steps) if augment and not count else None
     return DetectionDataset(data, load, augmentation, options.seed, names, source)
@@ -511,13 +479,12 @@ def collate(items):
     padding_mask bool [B, H, W], True = padding, or None if there is none; and the list of targets, which
     stay on the CPU, where checking them costs nothing."""
     height, width = (max(image.shape[axis] for image, _ in items) for axis in (1, 2))
-    images, masks = [], []
-    for image, _ in items:
-        padding = (0, width - image.shape[2], 0, height - image.shape[1])           # left, right, top, bottom
-        images.append(F.pad(image, padding))
-        masks.append(F.pad(torch.zeros_like(image[0], dtype=torch.bool), padding, value=True))
-    mask = torch.stack(masks)
-    return torch.stack(images), mask if mask.any() else None, [target for _, target in items]
+    images = torch.zeros(len(items), 3, height, width, dtype=torch.uint8)
+    padding_mask = torch.ones(len(items), height, width, dtype=torch.bool)
+    for i, (image, _) in enumerate(items):
+        _, h, w = image.shape
+        images[i, :, :h, :w], padding_mask[i, :h, :w] = image, False
+    return images, padding_mask if padding_mask.any() else None, [target for _, target in items]
 
 
 def train_batches(dataset, batch_size, seed, epoch, workers=0, pin_memory=False):
@@ -533,7 +500,7 @@ IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))     # mean and s
 
 
 def normalize(images, padding_mask, device):
-    """The images of a batch as float, normalised but for the padding, and the mask, both on `device`."""
+    """The images of a batch as float, normalized but for the padding, and the mask, both on `device`."""
     mean, std = (to_device(values, device) for values in torch.tensor(IMAGENET).view(2, 3, 1, 1))
     # Convolutions are faster in channels_last, on CPUs and GPUs.
     images = (to_device(images.to(memory_format=torch.channels_last), device) - mean) / std
@@ -543,12 +510,11 @@ def normalize(images, padding_mask, device):
     return images, padding_mask
 
 
-# ---- 5. Model and optimiser ----------------------------------------------------------------------
-
+# ---- 5. Model and optimizer ----------------------------------------------------------------------
 
 @torch.no_grad()
 def ease_start(model, on_grid=True):
-    """Not in the paper: an initialisation that lets a small model train in minutes. Anchors start `on_grid`,
+    """Not in the paper: an initialization that lets a small model train in minutes. Anchors start `on_grid`,
     0.3 of the image wide and high, and cross-attention starts by looking at the anchor."""
     if on_grid:
         count = model.config.num_queries
@@ -571,11 +537,11 @@ def ease_start(model, on_grid=True):
 
 def load_imagenet(model):
     """Give the backbone torchvision's weights. Raises ValueError if there are none, or no network."""
-    name, folder = model.config.backbone, torch.hub.get_dir()
+    name = model.config.backbone
     if name == "small":
         raise ValueError("--pretrained-backbone needs a torchvision backbone, try --backbone resnet50")
-    with explain(f"the ImageNet weights of {name} can't be downloaded. Go online once, put the file into "
-                 f"{folder}/checkpoints, or drop --pretrained-backbone", OSError):
+    with explain(f"go online once, for the ImageNet weights of {name}, or put them in {torch.hub.get_dir()}/"
+                 "checkpoints", OSError):
         state = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=True)
     model.backbone.load_state_dict({key: state[key] for key in model.backbone.state_dict()})
 
@@ -685,20 +651,21 @@ def evaluate(model, dataset, device, batch_size=8, workers=0, amp=False, verbose
         matched = dn_detr.matched_objects(outputs, targets, model.config)               # [B, N]
         logits, boxes = outputs["pred_logits"].cpu(), outputs["pred_boxes"].cpu()
         for i, target in enumerate(targets):
-            detections += coco_results(target["index"], results[i], range(len(dataset.names)))
-            matching[target["index"]] = observe_matching(logits[i], boxes[i], matched[i], target, model.config)
-    parts = [(detections, matching)] * world_size()
+            index, labels = target["index"], range(len(dataset.names))
+            detections += coco_results(index, results[i], labels)
+            matching[index] = observe_matching(logits[i], boxes[i], matched[i], target, model.config)
     if world_size() > 1:
+        parts = [None] * world_size()
         dist.all_gather_object(parts, (detections, matching))
-    detections = [detection for part, _ in parts for detection in part]
-    matching = {index: seen for _, part in parts for index, seen in part.items()}
+        detections = [detection for part, _ in parts for detection in part]
+        matching = {index: seen for _, part in parts for index, seen in part.items()}
     return coco_metrics(dataset, detections, verbose and rank() == 0), matching
 
 
 def observe_matching(logits, boxes, matched, target, config):
-    """Of an image with n objects: `matched` [N], the object that each query is matched with or -1; is_found [N],
-    whether its box has an IoU of at least 0.5 with it; and gap, how much more the best unmatched query would
-    cost for an object than its own, in the order of the matched queries."""
+    """Of an image with n objects: `matched` [N], the object that each query is matched with or -1; is_found
+    [N], whether its box has an IoU of at least 0.5 with it; and gap [n], how much more the best unmatched
+    query would cost for an object than its own, in the order of the matched queries."""
     query = (matched >= 0).nonzero().flatten()
     objects = matched[query]                                                # of these queries
     corners = (box_convert(x, "cxcywh", "xyxy") for x in (boxes[query], target["boxes"][objects]))
@@ -706,7 +673,7 @@ def observe_matching(logits, boxes, matched, target, config):
     is_found[query] = box_iou(*corners).diagonal() >= 0.5
     cost = dn_detr.matching_cost(logits[None, None], boxes[None, None], target["labels"][None],
                                  target["boxes"][None], config)[0, 0]       # [N, n]
-    others = cost[matched < 0]                                              # none, if there are too few queries
+    others = cost[matched < 0]                                              # none, if queries are too few
     gap = others.amin(0)[objects] - cost[query, objects] if len(others) else cost.new_empty(0)
     return matched, is_found, gap
 
@@ -717,13 +684,11 @@ def compare_matching(previous, current):
     not. None for the first epoch."""
     if previous.keys() != current.keys():
         return None, None
-    changes, found, stayed = [], 0, 0
-    for index, (matched, is_found, _) in current.items():
-        old_matched, old_is_found, _ = previous[index]
-        changes.append(dn_detr.matching_instability(old_matched, matched))
-        found += int(torch.isin(matched[is_found], old_matched[old_is_found]).sum())
-        stayed += int((is_found & old_is_found & (matched == old_matched)).sum())
-    return float(np.mean(changes)), 100 * (1 - stayed / found) if found else None
+    changes = [dn_detr.matching_instability(previous[index][0], current[index][0]) for index in current]
+    places = [{(index, matched[query].item()): query for index, (matched, is_found, _) in matching.items()
+               for query in is_found.nonzero().flatten().tolist()} for matching in (previous, current)]
+    stayed = [query == places[0][each] for each, query in places[1].items() if each in places[0]]
+    return float(np.mean(changes)), 100 * (1 - sum(stayed) / len(stayed)) if stayed else None
 
 
 def anchor_distance(model, dataset, matching):
@@ -748,7 +713,7 @@ def class_table(dataset, per_class):
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                      "grid.alpha": 0.3, "figure.constrained_layout.use": True})
-# Okabe and Ito's colors, which colour-blind readers can tell apart too.
+# Okabe and Ito's colors, which color-blind readers can tell apart too.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 CURVES = {"loss": "loss", "AP": "AP, %", "AP50": "AP50, %", "instability": "instability IS",
           "moved": "found objects that moved, %", "cost_gap": "gap in matching cost",
@@ -777,8 +742,8 @@ def draw_curves(runs, metrics=tuple(CURVES)):
 
 
 def draw_boxes(image, boxes, labels, names, scores=None):
-    """An image uint8 [3, h, w] as the model sees it, enlarged if it is small, with boxes [n, 4] (xyxy, in [0, 1]
-    of the image), their classes `names` {category id: name} and scores, as a PIL image."""
+    """An image uint8 [3, h, w] as the model sees it, enlarged if it is small, with boxes [n, 4] (xyxy, in
+    [0, 1] of the image), their classes `names` {category id: name} and scores, as a PIL image."""
     picture = v2.functional.to_pil_image(image)
     scale = max(1, 400 // max(picture.size))
     picture = picture.resize([side * scale for side in picture.size], Image.Resampling.NEAREST)
@@ -821,10 +786,9 @@ def draw_detections(model, dataset, device, columns=6, threshold=0.5):
 
 # ---- 8. Training ---------------------------------------------------------------------------------
 
-
 def start(options):
-    """-> model, training and held-out dataset, and the run: a dict of what a checkpoint holds, at the start or
-    as the last checkpoint left it."""
+    """-> model, training and held-out dataset, and the run: a dict of what a checkpoint holds, at the start
+    or as the last checkpoint left it. Raises ValueError if it would mix with another run, or other data."""
     folder = Path(options.output_dir)
     if options.batch_size % world_size():
         raise ValueError(f"--batch-size {options.batch_size} can't be shared by {world_size()} processes")
@@ -832,24 +796,22 @@ def start(options):
         raise ValueError(f"{folder} holds another run: --resume {folder}, or choose another --output-dir")
     train_set = build_dataset(options, "train", augment=True)
     val_set = build_dataset(options, "val", names=train_set.names)
-    checksum = zlib.crc32(b"".join(x.numpy().tobytes() for x in [*train_set.boxes, *train_set.labels, *val_set.boxes]))
-    data = {"training images": len(train_set), "training objects": sum(map(len, train_set.labels)),
-            "held-out images": len(val_set), "held-out objects": sum(map(len, val_set.labels)),
-            "classes": train_set.names, "checksum of all boxes": checksum}
+    data = {name: f"{len(each)} images, {sum(each.class_counts())} objects"
+            for name, each in (("training", train_set), ("held-out", val_set))} | {"classes": train_set.names}
     torch.manual_seed(options.seed)
     if options.resume:
         model, run = load_detector(folder / "last.pt")
         if run["data"] != data:
-            raise ValueError(f"{folder} was trained on other data. It had {run['data']}, now there is {data}: "
-                             "restore the data, or start a new run with --init")
+            raise ValueError(f"{folder} was trained on other data: {run['data']}, not {data}. Restore it, or "
+                             "start a new run with --init")
         return model, train_set, val_set, run | {"options": vars(options)}
     model = build_model(options, len(train_set.names))
     for dataset in [train_set] if options.overfit else [train_set, val_set]:
         log(dataset.describe(model.config.num_queries))
     return model, train_set, val_set, {
-        "epoch": 0, "step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "history": [], "matching": {}, "data": data,
+        "epoch": 0, "step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "history": [], "matching": {},
         "config": dataclasses.asdict(model.config), "names": train_set.names, "options": vars(options),
-        "image_size": options.image_size if options.coco_train else SIDE}
+        "data": data, "image_size": options.image_size or SIDE}
 
 
 def save(run, parts, folder):
@@ -874,16 +836,17 @@ def add_to_history(run, row, model, val_set, matching):
         "instability": instability, "moved": moved, "cost_gap": gaps.median().item() if len(gaps) else None,
         "anchor_distance": anchor_distance(model, val_set, matching)}
     run["matching"], run["history"] = matching, [*run["history"], row]
-    epochs, seconds = run["options"]["epochs"], run["seconds"]
-    log(f"epoch {run['epoch']:2}/{epochs}  loss {row['loss']:5.2f} (denoising {row['loss_denoising']:5.2f})  "
-        f"AP {row['AP']:4.1f}  AP50 {row['AP50']:4.1f}  IS {math.nan if instability is None else instability:.2f}  "
-        f"{seconds:.0f} s, {seconds / run['epoch'] * (epochs - run['epoch']):.0f} s left")
+    epoch, epochs, seconds = run["epoch"], run["options"]["epochs"], run["seconds"]
+    change = "-" if instability is None else f"{instability:.2f}"
+    log(f"epoch {epoch:2}/{epochs}  loss {row['loss']:5.2f} (denoising {row['loss_denoising']:5.2f})  "
+        f"AP {row['AP']:4.1f}  AP50 {row['AP50']:4.1f}  IS {change}  "
+        f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left")
 
 
 def train(options, device, after_epoch=None):
-    """A whole run, or the rest of one -> its history, a dict for each epoch. The checkpoint last.pt holds all
-    of it; the other files are made from it. Raises ValueError, naming step and images, if a loss or a gradient
-    is not finite. `after_epoch`, if given, is called with the model."""
+    """A whole run, or the rest of one -> its history, a dict for each epoch. The checkpoint last.pt holds
+    all of it; the other files are made from it. Raises ValueError, naming step and images, if a loss or a
+    gradient is not finite. `after_epoch`, if given, is called with the model."""
     model, train_set, val_set, run = start(options)
     if options.overfit:     # repeated, or most of the time would be spent on evaluating after every few steps
         train_set = ConcatDataset([train_set] * math.ceil(200 / len(train_set)))
@@ -893,12 +856,11 @@ def train(options, device, after_epoch=None):
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp and amp_dtype(device) == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     folder = Path(options.output_dir)
-    if options.resume:
-        for name, part in parts.items():
-            part.load_state_dict(run[name])
-    elif rank() == 0:
-        save(run, parts, folder)
-    parallel_model, criterion = parallel(model, device), DNDETRCriterion(model.config)
+    for name, part in parts.items() if options.resume else ():
+        part.load_state_dict(run[name])
+    save(run, parts, folder)
+    parallel_model = parallel(model, device) if world_size() > 1 else model
+    criterion = DNDETRCriterion(model.config)
 
     for epoch in range(run["epoch"], options.epochs):
         started, cpu_started, totals = time.time(), time.process_time(), 0
@@ -914,7 +876,7 @@ def train(options, device, after_epoch=None):
                 outputs = parallel_model(images, padding_mask, targets)
             with explain(where, FloatingPointError):
                 losses = criterion(outputs, targets)
-            # The rest is as for any network. The scaler is for float16, and skips infinite gradients by itself.
+            # The rest is as for any network. The scaler is for float16, and skips infinite gradients itself.
             optimizer.zero_grad()
             scaler.scale(losses["loss"]).backward()
             scaler.unscale_(optimizer)
@@ -931,32 +893,27 @@ def train(options, device, after_epoch=None):
         run["cpu_seconds"] += time.process_time() - cpu_started
         losses = dict(zip(losses, (totals / len(batches)).tolist()))
         add_to_history(run, losses | metrics | {"lr": schedule.get_last_lr()[-1]}, model, val_set, matching)
-        if rank() == 0:
-            save(run, parts, folder)
+        save(run, parts, folder)
         if after_epoch:
             after_epoch(model)
-    if rank() == 0:
-        save_figure(draw_curves({"this run": [run["history"]]}), folder / "curves.png")
-        save_figure(draw_detections(model, val_set, device), folder / "detections.png")
-    log(class_table(val_set, run["history"][-1]["AP_per_class"]) if options.coco_train else "")
-    log(f"curves.png, detections.png, metrics.jsonl and checkpoints are in {folder}")
-    if run["history"][-1]["AP"] < 1:
-        log("AP is below 1. Can the model learn a few images by heart (--overfit 8)? If it can't, look at the truth "
-            "in detections.png. If it can, train longer, with another --lr, or from --init CHECKPOINT.")
+    save_figure(draw_curves({"this run": [run["history"]]}), folder / "curves.png")
+    save_figure(draw_detections(model, val_set, device), folder / "detections.png")
+    last = run["history"][-1]
+    hint = ". Look at the truth in detections.png, and try --overfit 8" if last["AP"] < 1 else ""
+    log(class_table(val_set, last["AP_per_class"]))
+    log(f"curves.png, detections.png, metrics.jsonl and checkpoints are in {folder}{hint}")
     return run["history"]
 
 
 def evaluate_checkpoint(options, device):
-    """The command evaluate: COCO's twelve numbers, and AP of each class, on the held-out images of the run, or
-    on those of --coco-val."""
+    """COCO's twelve numbers, and AP of each class, on the held-out images of the run or on --coco-val."""
     model, checkpoint = load_detector(options.checkpoint)
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    if options.coco_val:
-        given |= {"coco_train": None, "overfit": None, "model": None, "seed": 0}
-    elif "options" not in checkpoint:
+    if not options.coco_val and "options" not in checkpoint:
         raise ValueError(f"{options.checkpoint} knows no data: add --coco-val IMAGES_DIR ANNOTATIONS_JSON")
-    described = {"image_size": checkpoint["image_size"]} | checkpoint.get("options", {}) | given
-    dataset = build_dataset(argparse.Namespace(**described), "val", names=checkpoint["names"])
+    settings = DEFAULTS["train"] | checkpoint.get("options", {}) | {"image_size": checkpoint["image_size"]}
+    settings |= {name: value for name, value in vars(options).items() if value is not None}
+    settings |= {"overfit": None} if options.coco_val else {}
+    dataset = build_dataset(argparse.Namespace(**settings), "val", names=checkpoint["names"])
     log(dataset.describe(model.config.num_queries))
     metrics, _ = evaluate(model.to(device), dataset, device, options.batch_size, options.workers, options.amp,
                           verbose=True)
@@ -965,11 +922,9 @@ def evaluate_checkpoint(options, device):
 
 # ---- 9. Predictions ------------------------------------------------------------------------------
 
-
 def predict(options, device):
-    """The command predict: a picture with boxes of every image, and predictions.json, in COCO's result format
-    and in pixels of the file. An image that can't be read costs only itself; after an interruption, what was
-    found so far is there. Returns the number of images that failed."""
+    """A picture with boxes of every image, and predictions.json, in COCO's result format and in pixels of the
+    file, also after an interruption. An image that can't be read costs only itself. Returns how many did."""
     model, checkpoint = load_detector(options.checkpoint)
     model, names, folder = model.to(device).eval(), checkpoint["names"], Path(options.output_dir)
     files = [file for path in map(Path, options.images)
@@ -980,20 +935,21 @@ def predict(options, device):
         raise ValueError(f"there are no images in {', '.join(options.images)}")
     folder.mkdir(parents=True, exist_ok=True)
     key = lambda path: str(path.resolve()).lower()              # some file systems ignore case
-    taken, results, failed = set(map(key, paths)), [], 0
+    taken, results, failed = set(map(key, paths)), [], 0        # inputs, and pictures written
     try:
         for image_id, path in enumerate(progress(paths, "predicting"), 1):
             try:
                 size = options.image_size or checkpoint["image_size"]
                 image, (height, width) = read_image(path, size, upright=True)
                 found = detect(model, image, device, options.threshold)
-                # The first name that belongs neither to an input nor to another picture.
-                targets = (folder / f"{path.stem}{end}.png" for end in ["", *(f"-{n}" for n in range(len(paths)))])
-                target = next(target for target in targets if key(target) not in taken)
+                target = folder / f"{path.stem}.png"
+                while key(target) in taken:
+                    target = target.with_stem(target.stem + "_")
                 draw_boxes(image, names=names, **found).save(target)
                 taken.add(key(target))
                 found["boxes"] = found["boxes"] * torch.tensor([width, height] * 2)
-                results += [row | {"file_name": str(path)} for row in coco_results(image_id, found, list(names))]
+                rows = coco_results(image_id, found, list(names))
+                results += [row | {"file_name": str(path)} for row in rows]
             except Exception as error:
                 failed += 1
                 log(f"{path}: {error}")
@@ -1021,24 +977,57 @@ RATES = {"normal": {"without denoising": 1e-3, "1 group, no mask": 2e-3, "5 grou
          "grid": {"without denoising": 2e-3, "1 group, no mask": 3e-3, "5 groups": 3e-3}}
 
 
+def interval(values):
+    """Mean and half the width of its 95 % interval, Student's t over the seeds."""
+    if np.ptp(values) == 0:
+        return f"{np.mean(values):.1f}"
+    low, high = stats.ttest_1samp(values, 0).confidence_interval()
+    return f"{np.mean(values):.1f} ± {(high - low) / 2:.1f}"
+
+
+def print_table(runs, clock):
+    """Final AP of each configuration: median and range over the seeds. Then its difference to the baseline,
+    at equal steps and at equal time, and the epochs it took to reach the baseline's final AP: mean and 95 %
+    interval over pairs of runs with the same seed."""
+    print("| | AP | AP50 | difference | at equal time | epochs to the baseline's AP |")
+    print(6 * "|---" + "|")
+    for name, histories in runs.items():
+        cells, later, in_time, reached = [], [], [], []
+        for metric in ("AP", "AP50"):
+            values = [history[-1][metric] for history in histories]
+            cells.append(f"{np.median(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+        for history, other in zip(histories, runs["without denoising"]):
+            goal, times, values = other[-1], *([0, *(row[key] for row in history)] for key in (clock, "AP"))
+            later.append(values[-1] - goal["AP"])
+            in_time.append(np.interp(goal[clock], times, values) - goal["AP"])
+            reached.append(next((row["epoch"] for row in history if row["AP"] >= goal["AP"]), None))
+        cells += [interval(later), interval(in_time), "not by all" if None in reached else interval(reached)]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def be_quiet(threads):
+    torch.set_num_threads(threads)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
 def experiment(options, device):
-    """The commands compare and ablate: train every configuration with every seed, several at a time, each in a
-    folder of its own; runs that are there are continued, or kept. Then print a table, and write numbers and
-    figure."""
+    """Train every configuration with every seed, several at a time, each in a folder of its own; runs that
+    are there are continued, or kept. Then print a table, and write numbers and figure."""
     names = CONFIGURATIONS if options.command == "ablate" else ("without denoising", "5 groups")
     rates, plan, folder = RATES[options.anchors], {}, Path(options.output_dir)
-    shared = {key: getattr(options, key) for key in ("anchors", "epochs", "batch_size", "train_size", "val_size")}
-    for seed, name in itertools.product(options.seeds, names):
+    shared = {name: value for name, value in vars(options).items()
+              if name in ("anchors", "epochs", "batch_size", "train_size", "val_size")}
+    for seed, name in [(seed, name) for seed in options.seeds for name in names]:
         own = CONFIGURATIONS[name] | {"seed": seed, "lr": rates.get(name, rates["5 groups"])}
         run = "-".join(map(str, [*shared.values(), name, own["lr"], seed])).replace(",", "").replace(" ", "-")
-        settings = DEFAULTS["shapes"] | shared | own | {"command": "train", "output_dir": str(folder / run)}
+        settings = DEFAULTS["train"] | shared | own | {"command": "train", "output_dir": str(folder / run)}
         settings["resume"] = settings["output_dir"] if (folder / run / "last.pt").exists() else None
         plan[name, seed] = argparse.Namespace(**settings)
     jobs = options.jobs or (os.cpu_count() if device.type == "cpu" else 1)
     context, threads = multiprocessing.get_context("spawn"), max(1, os.cpu_count() // jobs)
     with ProcessPoolExecutor(jobs, context, be_quiet, (threads,)) as pool:
         # If a run fails, and at Ctrl-C, map cancels the runs that have not started.
-        done = pool.map(train, plan.values(), itertools.repeat(device))
+        done = pool.map(train, plan.values(), [device] * len(plan))
         histories = dict(zip(plan, progress(done, f"{len(plan)} runs")))
     runs = {name: [histories[name, seed] for seed in options.seeds] for name in names}
     print_table(runs, "cpu_seconds" if device.type == "cpu" else "seconds")
@@ -1049,56 +1038,17 @@ def experiment(options, device):
     save_figure(draw_curves(runs, list(CURVES)[1:]), path.with_suffix(".png"))
 
 
-def be_quiet(threads):
-    torch.set_num_threads(threads)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-
-
-def print_table(runs, clock):
-    """Final AP of each configuration: median and range over the seeds. Then its difference to the baseline, at
-    equal steps and at equal time, and the epochs it took to reach the baseline's final AP: mean and 95 % interval
-    over pairs of runs with the same seed."""
-    print("| | AP | AP50 | difference | at equal time | epochs to the baseline's AP |\n|---|---|---|---|---|---|")
-    for name, histories in runs.items():
-        cells = []
-        for metric in ("AP", "AP50"):
-            values = [history[-1][metric] for history in histories]
-            cells.append(f"{np.median(values):.1f} ({min(values):.1f} to {max(values):.1f})")
-        pairs = [(history, other[-1]) for history, other in zip(histories, runs["without denoising"])]
-        cells.append(interval([history[-1]["AP"] - goal["AP"] for history, goal in pairs]))
-        cells.append(interval([ap_at(history, goal[clock], clock) - goal["AP"] for history, goal in pairs]))
-        reached = [next((row["epoch"] for row in history if row["AP"] >= goal["AP"]), None)
-                   for history, goal in pairs]
-        cells.append("not by all" if None in reached else interval(reached))
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
-def ap_at(history, moment, clock):
-    """AP at this moment, interpolated between the epochs."""
-    return np.interp(moment, [0, *(row[clock] for row in history)], [0, *(row["AP"] for row in history)])
-
-
-def interval(values):
-    """Mean and half the width of its 95 % interval, Student's t over the seeds."""
-    if np.ptp(values) == 0:
-        return f"{np.mean(values):.1f}"
-    low, high = stats.ttest_1samp(values, 0).confidence_interval()
-    return f"{np.mean(values):.1f} ± {(high - low) / 2:.1f}"
-
-
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):     # a name that the console can't show must not end a run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    options = parse_options(argv)
-    command = {"train": train, "evaluate": evaluate_checkpoint, "predict": predict}.get(options.command, experiment)
     try:
-        result = command(options, pick_device(options.device))
-        if command is predict and result:
+        options = parse_options(argv)
+        commands = {"train": train, "evaluate": evaluate_checkpoint, "predict": predict}
+        result = commands.get(options.command, experiment)(options, pick_device(options.device))
+        if options.command == "predict" and result:
             sys.exit(1)
     except (ValueError, OSError) as error:
         # Of an error in a process that loads images, only the last line is ours.
-        text = str(error).strip().splitlines()[-1] if "DataLoader worker" in str(error) else error
+        is_ours = "DataLoader worker" not in str(error)
+        text = error if is_ours else str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         sys.exit(f"train_toy.py: error: {text}")
     except KeyboardInterrupt:
         sys.exit("\nstopped; continue a training with --resume DIR, an experiment with the same command")
@@ -1108,4 +1058,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):     # a name that the console can't show must not end a run
+        stream.reconfigure(errors="replace")
     main()
