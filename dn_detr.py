@@ -346,20 +346,14 @@ def pixel_coordinates(cell_padding, cell_centers=False):
 
 # ---- 7. From image to tokens: backbone and encoder -----------------------------------------------
 
-def small_backbone(widths):
-    """[B, 3, H, W] -> [B, widths[-1], h, w]: for every width two 3 x 3 convolutions with batch norm and ReLU,
-    the first of which halves the resolution. Three widths are a stride of 8."""
-    layers = []
-    for inputs, outputs in pairwise((3, *widths)):
-        layers += [Conv2dNormActivation(inputs, outputs, stride=2), Conv2dNormActivation(outputs, outputs)]
-    return nn.Sequential(*layers)
-
-
 def build_backbone(config):
     """(module, channels): images [B, 3, H, W] -> features [B, channels, H / stride, W / stride]. Weights are
     random; pretrained ones are loaded by the caller."""
     if config.backbone == "small":
-        return small_backbone(config.small_widths), config.small_widths[-1]
+        # For every width two 3 x 3 convolutions, each with batch norm and ReLU. Three widths: stride 8.
+        layers = [Conv2dNormActivation(inputs if stride == 2 else outputs, outputs, stride=stride)
+                  for inputs, outputs in pairwise((3, *config.small_widths)) for stride in (2, 1)]
+        return nn.Sequential(*layers), config.small_widths[-1]
     network = get_model(config.backbone, replace_stride_with_dilation=[False, False, config.dilation],
                         norm_layer=FrozenBatchNorm2d if config.frozen_norm else nn.BatchNorm2d)
     if config.frozen_norm:
@@ -847,11 +841,11 @@ def check_images(images, padding_mask):
     require(is_right, "images must be float [B, 3, H, W], normalized as the backbone expects, "
             f"not {images.dtype} {list(images.shape)}")
     if padding_mask is not None:
-        shape, dtype = list(images[:, 0].shape), padding_mask.dtype
-        require(list(padding_mask.shape) == shape and dtype == torch.bool, "padding_mask must be bool "
-                f"{shape} for these images, not {dtype} {list(padding_mask.shape)}")
-        require(padding_mask.device.type != "cpu" or not padding_mask.flatten(1).all(1).any(),
-                "padding_mask covers a whole image. True means padding: is the mask inverted?")
+        is_right = padding_mask.shape == images[:, 0].shape and padding_mask.dtype == torch.bool
+        require(is_right, f"padding_mask must be bool {list(images[:, 0].shape)} for these images, "
+                f"not {padding_mask.dtype} {list(padding_mask.shape)}")
+        is_seen = padding_mask.device.type != "cpu" or not padding_mask.flatten(1).all(1).any()
+        require(is_seen, "padding_mask covers a whole image. True means padding: is the mask inverted?")
 
 
 def check_targets(targets, num_images, num_classes):
@@ -900,6 +894,20 @@ RESNETS = {  # by their output channels, and blocks in layer3
     (2048, 36): "resnet152"}
 
 
+def read_checkpoint(path):
+    """The dict in a checkpoint file, read without running code from it. Raises ValueError if it can't be."""
+    torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold their options
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} can't be read as a checkpoint: there is no such file") from None
+    except Exception:       # of many types, with texts that advise to run code from the file
+        content = None
+    require(isinstance(content, dict), f"{path} can't be read as a checkpoint: it is damaged, or not a dict "
+            "of tensors and plain values by torch.save")
+    return content
+
+
 def official_config(state, args):
     """The fields of DNDETRConfig that the weights `state`, under our names, and their options `args` show."""
     def count(prefix):      # of layers or blocks
@@ -914,20 +922,6 @@ def official_config(state, args):
         "num_encoder_layers": count("encoder.layers."), "num_decoder_layers": count("decoder.layers."),
         "backbone": RESNETS.get(resnet, f"a network of {resnet[0]} channels, {resnet[1]} blocks in layer3"),
         "activation": "prelu" if has_slopes else args.get("transformer_activation", "relu")}
-
-
-def read_checkpoint(path):
-    """The dict in a checkpoint file, read without running code from it. Raises ValueError if it can't be."""
-    torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold their options
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} can't be read as a checkpoint: there is no such file") from None
-    except Exception:       # of many types, with texts that advise to run code from the file
-        content = None
-    require(isinstance(content, dict), f"{path} can't be read as a checkpoint: it is damaged, or not a dict "
-            "of tensors and plain values by torch.save")
-    return content
 
 
 def load_official(model_class, checkpoint, overrides):
@@ -962,28 +956,24 @@ def load_official(model_class, checkpoint, overrides):
 # ---- 16. python dn_detr.py: a tour in a few seconds ----------------------------------------------
 
 def tour():
-    """Print noised boxes, the mask, the shapes of the outputs, and the terms of the loss."""
+    """Print noised boxes, the mask, the shapes of the outputs, and the loss."""
     torch.manual_seed(0)
-    boxes = torch.tensor([[0.5, 0.4, 0.3, 0.2], [0.7, 0.6, 0.4, 0.5]])
-    print("1. An object (cx cy w h), and three noised copies of it:")
-    for box in (boxes[:1], *(noise_boxes(boxes[:1], 0.4, 0.4) for _ in range(3))):
-        print("    " + " ".join(f"{number:.3f}" for number in box[0]))
-    print("2. The attention mask, 2 groups of 2 copies, then 6 matching queries (x = blocked):")
-    for row in dn_attention_mask(2, 2, 6):
-        print("    " + " ".join("x" if is_blocked else "." for is_blocked in row))
+    boxes, labels = torch.tensor([[0.5, 0.4, 0.3, 0.2], [0.7, 0.6, 0.4, 0.5]]), torch.tensor([1, 2])
+    targets = [{"labels": labels[:1], "boxes": boxes[:1]}, {"labels": labels, "boxes": boxes}]
     config = DNDETRConfig(num_classes=3, num_queries=6, hidden_dim=32, num_heads=4, num_encoder_layers=1,
                           num_decoder_layers=2, dim_feedforward=64, backbone="small", dn_groups=2)
-    labels = torch.tensor([1, 2])
-    targets = [{"labels": labels[:1], "boxes": boxes[:1]}, {"labels": labels, "boxes": boxes}]
     outputs = DNDETR(config)(torch.randn(2, 3, 64, 64), targets=targets)
-    print("3. The outputs in training (at inference, there are none that begin with dn):")
+    print("1. An object (cx, cy, w, h), and three noised copies of it:", boxes[:1],
+          noise_boxes(boxes[:1].repeat(3, 1), config.center_noise, config.size_noise),
+          "2. The attention mask, 2 groups of 2 copies, then 3 matching queries (1 = blocked):",
+          dn_attention_mask(num_groups=2, group_size=2, num_queries=3).int(),
+          "3. The outputs in training (at inference, there are none that begin with dn):", sep="\n")
     for name, letters in (("dn_logits", "L, B, P*M, C"), ("dn_boxes", "L, B, P*M, 4"),
                           ("all_logits", "L, B, N, C"), ("all_boxes", "L, B, N, 4")):
-        print(f"    {name} [{letters}] = {list(outputs[name].shape)}")
+        print(f"{name} [{letters}] = {list(outputs[name].shape)}")
     losses = DNDETRCriterion(config)(outputs, targets)
-    print("4. The loss, and its two parts:")
-    for name in ("loss", "loss_matching", "loss_denoising"):
-        print(f"    {name:14} {losses[name]:6.2f}")
+    print(f"4. The loss: {losses['loss']:.2f} = {losses['loss_matching']:.2f} for the matching queries "
+          f"+ {losses['loss_denoising']:.2f} for the denoising queries")
 
 
 if __name__ == "__main__":
