@@ -415,7 +415,7 @@ class DetectionDataset(Dataset):
             raise ValueError(f"{source}: all boxes fit into 2 x 2 pixels, or most leave their image. A bbox "
                              "is [x, y, width, height] in pixels, not relative, and not [x0, y0, x1, y1]")
         if not any(objects):
-            raise ValueError(f"{source}: no object in the first {len(self)} images. {self.dropped} were dropped "
+            raise ValueError(f"{source}: no object in the first {len(self)} images: {self.dropped} dropped "
                              f"(no pixel inside their image), {len(self.truth)} are iscrowd")
 
     def __len__(self):
