@@ -420,7 +420,7 @@ class DetectionDataset(Dataset):
         if not any(objects):
             raise ValueError(
                 f"{source}: no object is left in the first {len(self)} images, which have {len(annotations)} "
-                f"of {len(data['annotations'])} annotations. {len(self.truth)} are iscrowd, and {self.dropped} "
+                f"of {len(data['annotations'])} annotations. {len(self.truth)} are iscrowd, {self.dropped} "
                 "were dropped, without a pixel inside their image")
 
     def __len__(self):
