@@ -559,7 +559,7 @@ def load_detector(path, **overrides):
         names = dict(enumerate(get_model_weights("fasterrcnn_resnet50_fpn")["COCO_V1"].meta["categories"]))
         with explain(path, ValueError):
             return DNDETR.from_official(checkpoint, **overrides), {"names": names, "image_size": 800}
-    with explain(f"{path} is of another version or configuration", TypeError, RuntimeError, KeyError):
+    with explain(f"{path} is of another version", TypeError, RuntimeError, KeyError, ValueError):
         model = DNDETR(DNDETRConfig(**checkpoint["config"] | overrides))
         model.load_state_dict(checkpoint["model"])
     return model, checkpoint
