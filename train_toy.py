@@ -562,7 +562,7 @@ def load_detector(path, **overrides):
     with explain(f"{path} is of another version", TypeError, RuntimeError, KeyError, ValueError):
         model = DNDETR(DNDETRConfig(**checkpoint["config"] | overrides))
         model.load_state_dict(checkpoint["model"])
-    return model, checkpoint
+        return model, checkpoint | {name: checkpoint[name] for name in ("names", "image_size")}
 
 
 def start_from(path, num_classes, overrides):
@@ -935,7 +935,7 @@ def predict(options, device):
     given = list(map(Path, options.images))
     files = [file for path in given for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = [file for file in files if file.suffix.lower() in readable or file in given]
+    paths = [file for file in files if file.suffix.lower() in readable or file in given and not file.is_dir()]
     if not paths:
         raise ValueError(f"there are no images in {', '.join(options.images)}")
     folder.mkdir(parents=True, exist_ok=True)
