@@ -10,43 +10,44 @@ The idea. In training, the decoder gets a second kind of query: ground-truth box
 added. They are called denoising queries, the learned ones matching queries. Which object a denoising query
 was made from is known. It needs no matching, and has to restore that object's box and label.
 
-Why it helps. First, the target of a denoising query never changes, so the decoder always has something
-consistent to learn. Second, a noised box starts near its object, so the decoder learns early to refine a box
-from what it sees nearby (Sec. 3.2). The matching queries, alone at inference, use the same decoder.
+Why it helps. First, which object a denoising query must restore is fixed: no matching can change it. So the
+decoder always has something consistent to learn. Second, a noised box starts near its object, so the decoder
+learns early to refine a box from what it sees nearby (Sec. 3.2). The matching queries, alone at inference,
+pass through the same decoder, and so profit from what it has learned.
 
 A query of this decoder (DAB-DETR's) has two parts: an *anchor*, the box where it looks, and a *content*
 vector, what it has found there. A noised box becomes an anchor, a noised label becomes content. Every decoder
 layer corrects the anchors a little. One training step:
 
     objects       = ground-truth labels and boxes                    K in the batch
-    copies        = P noised copies of each, one in each of P groups                  section 3
-    queries       = copies, then N learned queries                   Q = P*M + N      section 4
-    mask          = learned queries may not attend to the copies, which hold the      section 5
-                    answer, and no group may attend to another group
+    copies        = P noised copies of each object, one per group                     section 3
+    queries       = copies, then matching queries                    Q = P*M + N      section 4
+    mask          = matching queries may not attend to the copies, which hold         section 5
+                    the answer, and no group may attend to another group
     logits, boxes = decoder(queries, image, mask)                                     sections 6-10
-    pairs         = Hungarian(predictions of the N learned queries, objects)          section 11
-    dn_pairs      = (copy of object k, object k)                     known from       section 4
+    pairs         = Hungarian(predictions of the matching queries, objects)           section 11
+    dn_pairs      = (copy of object k, object k), known without matching              section 4
     loss          = set_loss(pairs) + set_loss(dn_pairs)             the same loss    section 12
 
 Shapes, the same letters everywhere:
 
-    B images         K objects in the batch        M objects in its fullest image
-    P groups         N matching (learned) queries  Q = P*M + N decoder queries
-    D hidden width   S image tokens                C classes            L decoder layers
+    B images         K objects in the batch        M the most objects in one image of the batch
+    P groups         N matching queries            Q = P*M + N decoder queries
+    D hidden width   S = h*w image tokens          R matched pairs (query, object) in a layer
+    C classes        L decoder layers
     boxes are (cx, cy, w, h) in [0, 1], relative to their image; in masks, True means blocked
 
-Checkpoints in the authors' format load; this is tested with the names and shapes of their R50 model. Outputs,
-losses and the norm of the gradient agree with their code (github.com/IDEA-Research/DN-DETR, dn_dab_detr), as
-test_dn_detr.py checks, except for these points:
+Outputs, losses and the norm of the gradient agree with the authors' code (github.com/IDEA-Research/DN-DETR,
+dn_dab_detr). Checkpoints in their format load; this is tested with the names and shapes of their R50 model.
+The differences:
 
     D1 A slot without an object (in an image with fewer than M objects) is masked out. In the authors' code
        its group can attend to it, so denoising outputs, not matching ones, depend on the rest of the batch.
     D2 Center shifting and box scaling have a scale each, as in the paper. The authors' code has one for both.
-    D3 dn_max_queries (off by default) lowers the number of groups in batches with many objects.
+    D3 Off by default, for small models and images: dn_max_queries, position_frequency, cell_centers,
+       backbone="small", frozen_norm=False.
     D4 The normalizer of the denoising loss is averaged over processes, like that of the matching loss.
-    D5 backbone="small" and frozen_norm=False (not the defaults) can be trained from random weights.
-    D6 position_frequency and cell_centers (off by default) suit small images.
-    D7 Left out: segmentation, deformable attention, Swin backbones.
+    D5 Left out: segmentation, deformable attention, Swin backbones.
 
 Sections 3 to 5 are the paper's contribution. Elsewhere, [DN] marks what it adds to DAB-DETR. With 0 groups,
 this file is DAB-DETR with one learned vector as the content of all its queries.
@@ -114,7 +115,7 @@ class DNDETRConfig:
     label_noise: float = 0.2        # gamma, Sec. 4.3: probability that a label is flipped
     center_noise: float = 0.4       # lambda_1: maximum center shift, as a fraction of half width and height
     size_noise: float = 0.4         # lambda_2: maximum change of width and height, as a fraction of each
-    dn_max_queries: int = 0         # if > 0, lowers P until P*M fits, but not below 1
+    dn_max_queries: int = 0         # if > 0, the most copies per image: P is lowered to fit
     dn_mask: bool = True            # ablation only, Table 4: False blocks only empty slots
     # What is detected. There is no class for "no object": each class has a sigmoid of its own.
     num_classes: int = 91           # C; labels run from 0 to C-1 (COCO's category ids end at 90)
@@ -153,36 +154,27 @@ class DNDETRConfig:
         def check(name, is_met, rule):
             require(is_met, f"{name} is {getattr(self, name)!r}, it must be {rule}")
 
-        for name in ("num_classes", "num_queries", "num_heads", "num_decoder_layers", "dim_feedforward"):
+        for name in ("num_classes", "num_queries", "hidden_dim", "num_heads", "num_decoder_layers"):
             check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("num_encoder_layers", "num_patterns", "dn_groups", "dn_max_queries"):
             check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("label_noise", "center_noise", "size_noise"):
             check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name in ("hidden_dim", "image_temperature", "anchor_temperature", "position_frequency"):
-            check(name, getattr(self, name) > 0, "positive")
-        check("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         check("hidden_dim", self.hidden_dim % self.num_heads == self.hidden_dim % 4 == 0,
               f"divisible by num_heads ({self.num_heads}), and by 4 (sine and cosine of x and y)")
         check("activation", self.activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
         check("backbone", self.backbone in BACKBONES, f"one of {', '.join(BACKBONES)}")
-        check("dilation", not self.dilation or self.backbone in BACKBONES[3:], "False below resnet50")
-        check("small_widths", len(self.small_widths) > 0, "a width for each stage")
 
 
 # ---- 3. Noise (Sec. 4.3) -------------------------------------------------------------------------
-# Sections 3 to 5 are the paper's contribution; in the authors' code, they are prepare_for_dn.
 
 def noise_labels(labels, num_classes, label_noise, generator=None):
     """Label flipping: with probability gamma = `label_noise`, replace a label by a random class.
 
-    labels [K] long, in 0..C-1 -> [K]. The random class is uniform over all C classes, so it may be the same
-    one again: labels change at the rate gamma * (1 - 1/C). Raises ValueError if gamma is not in [0, 1] or a
-    label not in 0..C-1 (looked at only on the CPU, where this costs no waiting).
+    labels [K] long, from 0 to C-1 -> [K]. The random class is uniform over all C classes, so it may be the
+    same one again: labels change at the rate gamma * (1 - 1/C). Raises ValueError if gamma is not in [0, 1].
     """
     require(0 <= label_noise <= 1, f"label_noise is {label_noise}, it must be in [0, 1]")
-    is_right = labels.device.type != "cpu" or ((labels >= 0) & (labels < num_classes)).all()
-    require(is_right, f"labels must be 0 .. {num_classes - 1}, num_classes - 1: do they start at 1?")
     is_flipped = torch.rand(labels.shape, generator=generator, device=labels.device) < label_noise
     random_labels = torch.randint(num_classes, labels.shape, generator=generator, device=labels.device)
     return torch.where(is_flipped, random_labels, labels)
@@ -193,14 +185,14 @@ def noise_boxes(boxes, center_noise, size_noise, generator=None):
 
     With lambda_1 = `center_noise` < 1 the noised center stays inside the true box, so the decoder can tell
     which object is meant. Each of the four numbers is clamped to [0, 1]; a corner may still leave the image.
-    Raises ValueError for integers, and for a scale that is not in [0, 1], where sides could turn negative.
+    Raises ValueError for integers, and for a scale that is not in [0, 1].
     """
     for name, scale in (("center_noise", center_noise), ("size_noise", size_noise)):
         require(0 <= scale <= 1, f"{name} is {scale}, it must be in [0, 1]")
     require(boxes.is_floating_point(), f"boxes must be float, (cx, cy, w, h) in [0, 1], not {boxes.dtype}")
     uniform = torch.rand(boxes.shape, generator=generator, device=boxes.device, dtype=boxes.dtype) * 2 - 1
     centers, sizes = boxes.split(2, dim=-1)                                          # [K, 2] each
-    # Center shifting:  |dx| < lambda_1 w / 2  and  |dy| < lambda_1 h / 2
+    # Center shifting:  |dx| <= lambda_1 w / 2  and  |dy| <= lambda_1 h / 2
     noised_centers = centers + uniform[:, :2] * center_noise * sizes / 2
     # Box scaling:  noised w in [(1 - lambda_2) w, (1 + lambda_2) w], and the same for h
     noised_sizes = sizes + uniform[:, 2:] * size_noise * sizes
@@ -213,8 +205,8 @@ class DenoisingSlots(NamedTuple):
     """Copy i is query slot[i] of image image[i], made from object source[i]. Objects are numbered through the
     batch, image after image.
 
-    Every image has P groups of M slots, M being the object count of the fullest image. Two images that hold
-    the objects 0 and 1, 2, 3, in P = 2 groups of M = 3 slots (- is an empty slot):
+    Every image has P groups of M slots, as many as the most objects in one image. Two images that hold the
+    objects 0 and 1, 2, 3, in P = 2 groups of M = 3 slots (- is an empty slot):
 
                         group 0    group 1
         first image     0  -  -    0  -  -
@@ -231,13 +223,7 @@ class DenoisingSlots(NamedTuple):
 
 def assign_slots(counts, num_groups, max_queries=0, device=None):
     """DenoisingSlots on `device` for images that hold `counts` objects (list of int, one per image).
-
-    `max_queries` > 0 lowers the number of groups until P*M fits, but not below 1 (D3). Raises ValueError
-    for a negative number or an empty batch.
-    """
-    require(counts and min(num_groups, max_queries, *counts) >= 0,
-            f"num_groups {num_groups}, max_queries {max_queries} and counts {counts} must not be negative, "
-            "and there must be at least one image")
+    `max_queries` > 0 lowers the number of groups until P*M fits, but not below 1."""
     group_size = max(counts)                                                         # M
     if max_queries and group_size:
         num_groups = min(num_groups, max(1, max_queries // group_size))              # P
@@ -255,7 +241,7 @@ def denoising_queries(targets, label_embedding, config):
     """The denoising queries of a batch: slots, content [B, P*M, D], anchor logits [B, P*M, 4].
 
     `targets` as in flatten_targets. `label_embedding`, an nn.Embedding, has C + 1 rows of D - 1 numbers: one
-    for each class, and the last one, "unknown", for matching queries.
+    for each class, and the last one, "unknown", for matching queries. Authors: prepare_for_dn.
     """
     # 1. All objects of the batch in a row, and slots for their copies.
     device = label_embedding.weight.device
@@ -271,9 +257,9 @@ def denoising_queries(targets, label_embedding, config):
     content = F.pad(label_embedding(labels), (0, 1), value=1.0)                      # [P*K, D]
     anchor_logits = inverse_sigmoid(boxes)                                           # [P*K, 4]
     # 4. Copy i moves to slot[i] of image[i]: [B, P*M, *]. Empty slots stay zero; section 5 blocks them.
-    where, shape = (slots.image, slots.slot), slots.is_real.shape
-    content = content.new_zeros(*shape, config.hidden_dim).index_put(where, content)
-    anchor_logits = anchor_logits.new_zeros(*shape, 4).index_put(where, anchor_logits)
+    index, shape = (slots.image, slots.slot), slots.is_real.shape
+    content = content.new_zeros(*shape, config.hidden_dim).index_put(index, content)
+    anchor_logits = anchor_logits.new_zeros(*shape, 4).index_put(index, anchor_logits)
     return slots, content, anchor_logits
 
 
@@ -285,8 +271,8 @@ def dn_attention_mask(num_groups, group_size, num_queries, device=None):
     P = 2 groups (0 and 1) of M = 2 slots, then N = 3 matching queries (m):
 
               0 0 1 1 m m m
-            0 . . x x . . .       A denoising query may attend to its own group, and to the matching
-            0 . . x x . . .       queries, which hold no ground truth.
+            0 . . x x . . .       A denoising query may attend to its own group, where no other query is a
+            0 . . x x . . .       copy of its object, and to matching queries, which hold no ground truth.
             1 x x . . . . .       It may not attend to another group: averaging several noised copies
             1 x x . . . . .       of an object would reveal the object.
             m x x x x . . .       Matching queries may not attend to denoising queries: they would copy
@@ -295,10 +281,8 @@ def dn_attention_mask(num_groups, group_size, num_queries, device=None):
 
     The mask is needed in self-attention only, because queries meet nowhere else. It is Eq. 7, where
     a_ij = 1 means blocked, as in torch.nn.MultiheadAttention (scaled_dot_product_attention has it the
-    other way round). Raises ValueError for negative sizes.
+    other way round).
     """
-    require(min(num_groups, group_size, num_queries) >= 0,
-            f"num_groups {num_groups}, group_size {group_size}, num_queries {num_queries}: not negative")
     num_denoising = num_groups * group_size
     query = torch.arange(num_denoising + num_queries, device=device)                 # [Q]
     is_denoising = query < num_denoising
@@ -317,7 +301,6 @@ def query_mask(slots, num_queries, dn_mask=True):
 
 
 # ---- 6. Positions --------------------------------------------------------------------------------
-# The paper's contribution ends here. From here on, only lines marked [DN] belong to DN-DETR.
 
 def sine_encoding(coordinates, width, temperature, frequency=1.0):
     """Encode each coordinate in [0, 1] by `width` sines and cosines: [..., n] -> [..., n * width].
@@ -332,7 +315,7 @@ def sine_encoding(coordinates, width, temperature, frequency=1.0):
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)                    # [..., n * width]
 
 
-def pixel_coordinates(cell_padding, cell_centers=False):
+def cell_coordinates(cell_padding, cell_centers=False):
     """(y, x) in (0, 1] of every feature cell, a square of pixels: padding bool [B, h, w] -> [B, h, w, 2].
 
     Only cells without padding are counted, so that 1 is the border of the image. The authors place a cell at
@@ -391,7 +374,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, tokens, positions, token_padding):
         """tokens and positions [B, S, D], token_padding bool [B, S] or None -> tokens [B, S, D]."""
-        # Positions decide who attends to whom, so they are in queries and keys, and not in values.
+        # Positions steer attention, and are not read: they are in queries and keys, and not in values.
         query = key = tokens + positions
         attended, _ = self.self_attn(query, key, tokens, key_padding_mask=token_padding, need_weights=False)
         tokens = self.norm1(tokens + self.dropout(attended))
@@ -418,18 +401,15 @@ class Encoder(nn.Module):
 # ---- 8. Decoder layer ----------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head attention over inputs that are already projected."""
+    """Multi-head attention over inputs that are already projected, and split into heads."""
 
     def __init__(self, config):
         super().__init__()
-        self.num_heads, self.dropout = config.num_heads, config.dropout
+        self.dropout = config.dropout
         self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
 
     def forward(self, query, key, value, blocked=None):
-        """query [B, Q, D] and key [B, S, D] (2 D wide in cross-attention), value [B, S, D], blocked bool,
-        broadcastable to [B, heads, Q, S] -> [B, Q, D]."""
-        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)   # [B, heads, *, *]
-                             for x in (query, key, value))
+        """query, key, value [B, heads, *, *], blocked bool [B, 1, Q or 1, S] or None -> [B, Q, D]."""
         allowed = None if blocked is None else ~blocked
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, allowed, dropout)
@@ -465,9 +445,9 @@ class DecoderLayer(nn.Module):
         [B, Q, D]; memory (the image tokens) and memory_position [B, S, D]; blocked bool [B, 1, Q, Q] or None
         (section 5); token_padding bool [B, S] or None -> content [B, Q, D]."""
         # Self-attention: query and key are content + position. `blocked` acts here and nowhere else.
-        query = self.self_query_content(content) + self.self_query_position(query_position)
-        key = self.self_key_content(content) + self.self_key_position(query_position)
-        attended = self.self_attn(query, key, self.self_value(content), blocked)
+        query = self.heads(self.self_query_content(content) + self.self_query_position(query_position))
+        key = self.heads(self.self_key_content(content) + self.self_key_position(query_position))
+        attended = self.self_attn(query, key, self.heads(self.self_value(content)), blocked)
         content = self.norm1(content + self.dropout(attended))
 
         # Cross-attention: content and position are concatenated, not added, so that in every head
@@ -476,19 +456,17 @@ class DecoderLayer(nn.Module):
         key_position = self.cross_key_position(memory_position)
         if self.cross_query_position is not None:
             query, key = query + self.cross_query_position(query_position), key + key_position
-        query = self.concatenate_heads(query, self.cross_query_sine(query_sine))     # [B, Q, 2D]
-        key = self.concatenate_heads(key, key_position)                              # [B, S, 2D]
+        query = torch.cat([self.heads(query), self.heads(self.cross_query_sine(query_sine))], dim=-1)
+        key = torch.cat([self.heads(key), self.heads(key_position)], dim=-1)
         blocked_tokens = None if token_padding is None else token_padding[:, None, None]     # [B, 1, 1, S]
-        attended = self.cross_attn(query, key, self.cross_value(memory), blocked_tokens)
+        attended = self.cross_attn(query, key, self.heads(self.cross_value(memory)), blocked_tokens)
         content = self.norm2(content + self.dropout(attended))
 
         hidden = self.linear2(self.dropout(self.activation(self.linear1(content))))
         return self.norm3(content + self.dropout(hidden))
 
-    def concatenate_heads(self, content, position):
-        """Two [B, *, D] -> [B, *, 2D], in which each head has its content, then its position."""
-        heads = [x.unflatten(-1, (self.num_heads, -1)) for x in (content, position)]
-        return torch.cat(heads, dim=-1).flatten(-2)
+    def heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                 # [B, heads, *, D/heads]
 
 
 # ---- 9. Decoder: anchors, refined layer by layer (DAB-DETR) --------------------------------------
@@ -535,7 +513,8 @@ class Decoder(nn.Module):
         cross-attention, both [B, Q, D]. DAB-DETR, Sec. 4.2 to 4.4."""
         width = self.config.hidden_dim
         # query_position = MLP(PE(cy, cx, w, h)): where the anchor is, and how large
-        sine = sine_encoding(anchors[..., [1, 0, 2, 3]], width // 2, self.config.anchor_temperature,
+        cx, cy, w, h = anchors.unbind(-1)
+        sine = sine_encoding(torch.stack([cy, cx, w, h], dim=-1), width // 2, self.config.anchor_temperature,
                              self.config.position_frequency)                         # [B, Q, 2D]
         query_position = self.anchor_mlp(sine)                                       # [B, Q, D]
         # query_sine = PE(cy, cx), to be compared with PE(y, x) of every image token. After the first layer,
@@ -557,13 +536,13 @@ class DNDETR(nn.Module):
     """images [B, 3, H, W] (float, normalized), padding_mask bool [B, H, W] (True = padding) and, in training,
     targets -> dict of predictions.
 
-    targets: a dict for each image, {"labels": long [n] in 0..C-1, "boxes": float [n, 4], cxcywh in [0, 1]}
+    targets: a dict for each image, {"labels": long [n], 0 to C-1, "boxes": float [n, 4], cxcywh in [0, 1]}
     for its n objects. n may be 0, and the tensors may stay on the CPU.
 
     Returns pred_logits [B, N, C] and pred_boxes [B, N, 4] (cxcywh in [0, 1]) of the last layer, all_logits
     and all_boxes [L, B, N, *] of every layer. With denoising (targets given, training mode, dn_groups > 0)
-    also dn_logits [L, B, P*M, C], dn_boxes [L, B, P*M, 4] and dn_slots. Raises ValueError for images, masks
-    and targets of a wrong form, and for wrong values if they are on the CPU. Authors: DABDETR.
+    also dn_logits [L, B, P*M, C], dn_boxes [L, B, P*M, 4] and dn_slots. Raises ValueError for a wrong mask or
+    wrong targets; their values are looked at only where they are on the CPU. Authors: DABDETR.
     """
 
     def __init__(self, config):
@@ -588,7 +567,10 @@ class DNDETR(nn.Module):
         nn.init.zeros_(self.box_head.layers[-1].bias)
 
     def forward(self, images, padding_mask=None, targets=None):
-        check_images(images, padding_mask)
+        if padding_mask is not None:
+            check_padding(padding_mask, images)
+        if targets is not None:
+            check_targets(targets, len(images), self.config.num_classes)
         # 1. The image becomes S tokens with positions, both [B, S, D].
         memory, memory_position, token_padding = self.encode_image(images, padding_mask)
         # 2. The matching queries: content [B, N, D] and anchor logits [B, N, 4].
@@ -597,7 +579,6 @@ class DNDETR(nn.Module):
 
         # [DN] In training, the denoising queries come first: Q = P*M + N.
         if self.training and targets is not None and self.config.dn_groups:
-            check_targets(targets, len(images), self.config.num_classes)
             slots, dn_content, dn_anchors = denoising_queries(targets, self.label_embedding, self.config)
             blocked = query_mask(slots, content.shape[1], self.config.dn_mask)       # [B, 1, Q, Q]
             content = torch.cat([dn_content, content], dim=1)                        # [B, Q, D]
@@ -610,9 +591,8 @@ class DNDETR(nn.Module):
         logits = self.class_head(hidden).float()                                     # [L, B, Q, C]
         boxes = (self.box_head(hidden).float() + inverse_sigmoid(anchors)).sigmoid()     # [L, B, Q, 4]
 
-        outputs = {}
-
         # [DN] The first P*M predictions are those of the denoising queries.
+        outputs = {}
         if slots is not None:
             outputs["dn_slots"], num_denoising = slots, slots.is_real.shape[1]
             outputs["dn_logits"], logits = logits.tensor_split([num_denoising], dim=2)
@@ -624,11 +604,12 @@ class DNDETR(nn.Module):
     def encode_image(self, images, padding_mask):
         """-> tokens [B, S, D], their positions [B, S, D], and token_padding bool [B, S] or None."""
         features = self.input_projection(self.backbone(images))                      # [B, D, h, w]
-        # A cell is padding if its top-left pixel is (nearest neighbor, the default). interpolate expects
-        # [batch, channels, h, w], so the batch stands in for the channels.
+        # A cell is padding if one of its pixels is: the top-left one, where the stride divides the size
+        # (nearest neighbor, the default). interpolate expects [batch, channels, h, w], so the batch stands in
+        # for the channels.
         padding = torch.zeros_like(images[:, 0]) if padding_mask is None else padding_mask    # [B, H, W]
         cell_padding = F.interpolate(padding[None].float(), features.shape[-2:])[0].bool()    # [B, h, w]
-        coordinates = pixel_coordinates(cell_padding, self.config.cell_centers)      # [B, h, w, 2]
+        coordinates = cell_coordinates(cell_padding, self.config.cell_centers)      # [B, h, w, 2]
         positions = sine_encoding(coordinates, self.config.hidden_dim // 2, self.config.image_temperature,
                                   self.config.position_frequency).flatten(1, 2)      # [B, S, D]
         tokens = features.flatten(2).transpose(1, 2)                                 # [B, S, D]
@@ -644,14 +625,9 @@ class DNDETR(nn.Module):
         content = unknown.expand(len(anchor_logits), -1)                             # [num_queries, D]
         if self.config.num_patterns:
             # All anchors with the first pattern, then all with the second one, ...
-            content = (content + self.patterns.weight[:, None]).flatten(0, 1)
-            anchor_logits = anchor_logits.repeat(self.config.num_patterns, 1)
+            content = (content + self.patterns.weight[:, None]).flatten(0, 1)        # [N, D]
+            anchor_logits = anchor_logits.repeat(self.config.num_patterns, 1)        # [N, 4]
         return content.expand(batch_size, -1, -1), anchor_logits.expand(batch_size, -1, -1)
-
-    @classmethod
-    def from_official(cls, checkpoint, **overrides):
-        """A model with the authors' weights: see load_official (section 15)."""
-        return load_official(cls, checkpoint, overrides)
 
 
 # ---- 11. Matching: which query is responsible for which object -----------------------------------
@@ -690,22 +666,20 @@ def matching_cost(logits, boxes, labels, true_boxes, config):
 
 @torch.no_grad()
 def match(logits, boxes, targets, config):
-    """Hungarian matching of logits [L, B, N, C] and boxes [L, B, N, 4] with the targets.
+    """Hungarian matching of logits [L, B, N, C] and boxes [L, B, N, 4] with the targets: in each layer and
+    image, every object gets a query of its own, so that the sum of the costs is smallest.
 
     Returns image, query and source, long [L, R] each: in layer l, query[l, r] of image[l, r] is paired with
     object source[l, r], numbered through the batch. An image with n objects has min(N, n) of the R pairs.
-    Raises FloatingPointError if a cost is not finite. DETR, Sec. 3.1; authors: HungarianMatcher.
+    Raises ValueError if a cost is not finite. DETR, Sec. 3.1; authors: HungarianMatcher.
     """
-    # The algorithm: in each layer and image, pair every object with a query of its own, so that the sum of
-    # the costs is smallest. The rest is efficiency: all costs are computed at once, with the objects of an
-    # image padded to M, so that there is one transfer to the CPU in a training step.
+    # All costs at once, with the objects of an image padded to M: one transfer to the CPU in a training step.
     counts = [len(target["labels"]) for target in targets]
     labels, true_boxes = (nn.utils.rnn.pad_sequence(x.split(counts), batch_first=True)     # [B, M], [B, M, 4]
                           for x in flatten_targets(targets, boxes.device))
     cost = matching_cost(logits, boxes, labels, true_boxes, config).cpu().numpy()          # [L, B, N, M]
-    if not np.isfinite(cost).all():
-        raise FloatingPointError("the matching cost is not finite: predictions are NaN or infinite. Look for "
-                                 "NaN in images or boxes, a fully padded image, or a learning rate too high")
+    require(np.isfinite(cost).all(), "the matching cost is not finite: predictions are NaN or infinite. Look "
+            "for NaN in images or boxes, a fully padded image, or a learning rate too high")
     pairs = []
     for layer_cost in cost:
         first = 0                                                 # number of the image's first object
@@ -729,62 +703,50 @@ def mean_over_processes(number, device):
     return number
 
 
-class DNDETRCriterion(nn.Module):
-    """Outputs and targets of DNDETR -> dict of scalars.
+def set_loss(logits, classes, boxes, true_boxes, num_objects, config):
+    """logits and true classes (0 or 1) [L, ..., C], boxes [L, R, 4] and true_boxes [L, R, 4] or [R, 4]
+    -> the weighted sum over all layers, a scalar, and the terms of the last layer."""
+    # focal loss = -alpha (1 - p)^gamma log(p)          where the true class is 1,
+    #              -(1 - alpha) p^gamma log(1 - p)      where it is 0
+    focal = sigmoid_focal_loss(logits, classes, config.focal_alpha, config.focal_gamma)
+    # Divided by the number of objects or copies, not of queries, most of which find nothing.
+    normalizer = mean_over_processes(num_objects, logits.device).clamp(min=1)
+    loss_class = focal.flatten(1).sum(1) / normalizer                                # [L]
+    loss_box = (boxes - true_boxes).abs().sum((1, 2)) / normalizer
+    loss_giou = (1 - generalized_iou(boxes, true_boxes)).sum(1) / normalizer
+    # With the default weights, 1 * focal loss + 5 * L1 + 2 * (1 - GIoU)
+    total = config.loss_class * loss_class + config.loss_box * loss_box + config.loss_giou * loss_giou
+    return total.sum(), {"loss_ce": loss_class[-1], "loss_bbox": loss_box[-1], "loss_giou": loss_giou[-1]}
 
-    "loss" is what to back-propagate, "loss_matching" + "loss_denoising": weighted sums over all layers. Their
-    unweighted terms are "loss_ce", "loss_bbox", "loss_giou" of the last layer, "loss_ce_0" etc. of the layers
-    before it, and the same with "dn_" in front for denoising. Raises ValueError for impossible targets,
-    FloatingPointError for predictions that are not finite. Authors: SetCriterion, compute_dn_loss.
+
+def training_loss(outputs, targets, config):
+    """Outputs of DNDETR, and the targets that it was given (and has checked) -> dict of scalars.
+
+    "loss" is what to back-propagate, "loss_matching" + "loss_denoising": weighted sums over all layers. The
+    others are the unweighted terms of the last layer, under the authors' names: loss_ce (focal loss),
+    loss_bbox (L1) and loss_giou, with "dn_" in front for denoising. Raises ValueError for predictions that
+    are not finite. Authors: SetCriterion, compute_dn_loss.
     """
+    logits, boxes = outputs["all_logits"], outputs["all_boxes"]             # [L, B, N, C], [L, B, N, 4]
+    labels, true_boxes = flatten_targets(targets, logits.device)                     # [K], [K, 4]
+    # Matching: a paired query learns the class and the box of its object, all others to say no.
+    image, query, source = match(logits, boxes, targets, config)                     # [L, R] each
+    layer = torch.arange(len(logits), device=logits.device)[:, None]                 # [L, 1], beside [L, R]
+    classes = torch.zeros_like(logits)                                               # [L, B, N, C]
+    classes[layer, image, query, labels[source]] = 1
+    boxes = boxes[layer, image, query]                                               # [L, R, 4]
+    matching, terms = set_loss(logits, classes, boxes, true_boxes[source], len(labels), config)
 
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-
-    def forward(self, outputs, targets):
-        logits, boxes = outputs["all_logits"], outputs["all_boxes"]         # [L, B, N, C], [L, B, N, 4]
-        check_targets(targets, logits.shape[1], self.config.num_classes)
-        labels, true_boxes = flatten_targets(targets, logits.device)                 # [K], [K, 4]
-        # Matching: a paired query learns the class and the box of its object, all others to say no.
-        image, query, source = match(logits, boxes, targets, self.config)            # [L, R] each
-        layer = torch.arange(len(logits), device=logits.device)[:, None]             # [L, 1], beside [L, R]
-        classes = torch.zeros_like(logits)                                           # [L, B, N, C]
-        classes[layer, image, query, labels[source]] = 1
-        boxes = boxes[layer, image, query]                                           # [L, R, 4]
-        matching, terms = self.set_loss(logits, classes, boxes, true_boxes[source], len(labels))
-        losses = {"loss_matching": matching, "loss_denoising": torch.zeros_like(matching)}
-
-        # [DN] The same loss for the copies, without matching: the slots know their objects. It is divided by
-        # the number of copies, so that more groups do not mean a larger loss. Empty slots learn nothing.
-        slots = outputs.get("dn_slots")
-        if slots is not None:
-            logits, boxes = (outputs[name][:, slots.image, slots.slot] for name in ("dn_logits", "dn_boxes"))
-            classes = F.one_hot(labels, self.config.num_classes)[slots.source]       # [P*K, C]
-            losses["loss_denoising"], dn_terms = self.set_loss(
-                logits, classes.to(logits).expand_as(logits), boxes, true_boxes[slots.source], len(classes))
-            terms |= {f"dn_{name}": term for name, term in dn_terms.items()}
-
-        losses["loss"] = losses["loss_matching"] + losses["loss_denoising"]
-        for name, (*earlier, last) in terms.items():
-            losses |= {f"{name}_{index}": value for index, value in enumerate(earlier)} | {name: last}
-        return losses
-
-    def set_loss(self, logits, classes, boxes, true_boxes, num_objects):
-        """logits and true classes (0 or 1) [L, ..., C], boxes [L, R, 4] and true_boxes [L, R, 4] or [R, 4]
-        -> the weighted sum, a scalar, and {"loss_ce": [L], "loss_bbox": [L], "loss_giou": [L]}."""
-        config = self.config
-        # focal loss = -alpha (1 - p)^gamma log(p)          where the true class is 1,
-        #              -(1 - alpha) p^gamma log(1 - p)      where it is 0
-        focal = sigmoid_focal_loss(logits, classes, config.focal_alpha, config.focal_gamma)
-        # Divided by the number of objects or copies, not of queries, most of which find nothing.
-        normalizer = mean_over_processes(num_objects, logits.device).clamp(min=1)
-        loss_class = focal.flatten(1).sum(1) / normalizer                            # [L]
-        loss_box = (boxes - true_boxes).abs().sum((1, 2)) / normalizer
-        loss_giou = (1 - generalized_iou(boxes, true_boxes)).sum(1) / normalizer
-        # With the default weights, 1 * focal loss + 5 * L1 + 2 * (1 - GIoU)
-        total = config.loss_class * loss_class + config.loss_box * loss_box + config.loss_giou * loss_giou
-        return total.sum(), {"loss_ce": loss_class, "loss_bbox": loss_box, "loss_giou": loss_giou}
+    # [DN] The same loss for the copies, without matching: the slots know their objects. It is divided by
+    # the number of copies, so that more groups do not mean a larger loss. Empty slots learn nothing.
+    denoising, slots = torch.zeros_like(matching), outputs.get("dn_slots")
+    if slots is not None:
+        logits, boxes = (outputs[name][:, slots.image, slots.slot] for name in ("dn_logits", "dn_boxes"))
+        classes = F.one_hot(labels, config.num_classes)[slots.source]                # [P*K, C]
+        denoising, dn_terms = set_loss(logits, classes.to(logits).expand_as(logits), boxes,
+                                       true_boxes[slots.source], len(classes), config)
+        terms |= {f"dn_{name}": term for name, term in dn_terms.items()}
+    return {"loss": matching + denoising, "loss_matching": matching, "loss_denoising": denoising} | terms
 
 
 # ---- 13. Predictions, and the instability of matching --------------------------------------------
@@ -798,9 +760,7 @@ def postprocess(outputs, image_sizes, num_select=300):
     suppression: self-attention lets queries avoid duplicates. Authors: PostProcess.
     """
     logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-    sizes = torch.as_tensor(image_sizes, device=boxes.device)
-    require(sizes.shape == (len(logits), 2), "image_sizes must hold a (height, width) for each of the "
-            f"{len(logits)} images, its shape is {list(sizes.shape)}")
+    sizes = torch.as_tensor(image_sizes, device=boxes.device).view(len(boxes), 2)    # [B, 2]
     scores, index = logits.sigmoid().flatten(1).topk(min(num_select, logits[0].numel()))     # [B, k]
     query, labels = index // logits.shape[2], index % logits.shape[2]
     boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4))
@@ -820,61 +780,42 @@ def matched_objects(outputs, targets, config):
 
 
 def matching_instability(previous, current):
-    """IS of one image (Sec. 3.1): the number of queries whose match changed between two epochs.
+    """IS, mean over the images (Sec. 3.1): the number of queries whose match changed between two epochs.
 
-    IS = sum over n of 1(V_n of this epoch != V_n of the epoch before)          (Eq. 2)
-    `previous` and `current` [N] are rows of matched_objects. An object that moves to an unmatched query
-    counts twice, so for n objects IS is between 0 and 2 n.
+    IS of an image = sum over n of 1(V_n of this epoch != V_n of the epoch before)          (Eq. 2)
+    `previous` and `current` [images, N] are from matched_objects. An object that moves to an unmatched query
+    counts twice, so with n objects IS is between 0 and 2 n.
     """
-    previous, current = torch.as_tensor(previous), torch.as_tensor(current)
-    require(previous.shape == current.shape,
-            f"IS compares the same queries, not {len(previous)} and {len(current)} of them")
-    return int((previous != current).sum())
+    return (previous != current).sum(1).double().mean().item()
 
 
 # ---- 14. Checks of what people most often get wrong ----------------------------------------------
 # The method ends here. What follows is housekeeping.
 
-def check_images(images, padding_mask):
-    """Raise ValueError unless images and padding_mask are as DNDETR wants them."""
-    is_right = images.ndim == 4 and images.shape[1] == 3 and images.numel() > 0 and images.is_floating_point()
-    require(is_right, "images must be float [B, 3, H, W], normalized as the backbone expects, "
-            f"not {images.dtype} {list(images.shape)}")
-    if padding_mask is not None:
-        is_right = padding_mask.shape == images[:, 0].shape and padding_mask.dtype == torch.bool
-        require(is_right, f"padding_mask must be bool {list(images[:, 0].shape)} for these images, "
-                f"not {padding_mask.dtype} {list(padding_mask.shape)}")
-        is_seen = padding_mask.device.type != "cpu" or not padding_mask.flatten(1).all(1).any()
-        require(is_seen, "padding_mask covers a whole image. True means padding: is the mask inverted?")
+def check_padding(padding_mask, images):
+    """Raise ValueError unless the mask is bool [B, H, W] and leaves something of every image."""
+    require(padding_mask.shape == images[:, 0].shape and padding_mask.dtype == torch.bool,
+            f"padding_mask must be bool [B, H, W], not {padding_mask.dtype} {list(padding_mask.shape)}")
+    is_seen = padding_mask.device.type != "cpu" or not padding_mask.flatten(1).all(1).any()
+    require(is_seen, "padding_mask covers a whole image. True means padding: is the mask inverted?")
 
 
 def check_targets(targets, num_images, num_classes):
-    """Raise ValueError for ground truth that would train nonsense. Its values are read only where they are on
-    the CPU, because reading them from a GPU would stall it."""
+    """Raise ValueError for ground truth that would train nonsense. Its values are looked at only where they
+    are on the CPU, because reading them from a GPU would stall it."""
     require(len(targets) == num_images, f"{len(targets)} targets for a batch of {num_images} images")
-    for index, (labels, boxes) in enumerate((target["labels"], target["boxes"]) for target in targets):
+    for index, target in enumerate(targets):
+        labels, boxes = target["labels"], target["boxes"]                            # [n], [n, 4]
         is_right = labels.dtype == torch.long and labels.ndim == 1 and boxes.is_floating_point()
         require(is_right and boxes.shape == (len(labels), 4),
                 f"targets[{index}] must have labels, long [n], and boxes, float [n, 4], not "
                 f"{labels.dtype} {list(labels.shape)} and {boxes.dtype} {list(boxes.shape)}")
-    if any(target[name].device.type != "cpu" for target in targets for name in ("labels", "boxes")):
-        return
-    labels, boxes = flatten_targets(targets, "cpu")
-    # Annotations are rounded, and a box may stick out of its image: this looks like (x0, y0, x1, y1) only if
-    # the last two numbers are the larger ones in all boxes of the batch.
-    corners = box_convert(boxes, "cxcywh", "xyxy")
-    fits, corners_fit = (((x - 0.5).abs() <= 0.501).all(1) for x in (boxes, corners))
-    is_cxcywh = corners_fit | (boxes[:, 2:] <= boxes[:, :2]).any()
-    for is_right, rule in (
-            ((labels >= 0) & (labels < num_classes), f"labels are 0 .. {num_classes - 1}, num_classes - 1"),
-            (fits, "boxes are finite numbers in [0, 1]: are these pixels?"),
-            ((boxes[:, 2:] > 0).all(1), "boxes must have an area: drop such objects"),
-            (is_cxcywh, "boxes are (cx, cy, w, h): is this (x0, y0, x1, y1)?")):
-        if not is_right.all():
-            first = int(is_right.logical_not().nonzero()[0])
-            image = [index for index, target in enumerate(targets) for _ in target["labels"]][first]
-            raise ValueError(f"targets[{image}] has an object with label {labels[first]} and box "
-                             f"{[round(number, 4) for number in boxes[first].tolist()]}, but {rule}")
+        if labels.device.type == boxes.device.type == "cpu":
+            is_inside = ((boxes - 0.5).abs() <= 0.501).all(1)       # annotations are rounded
+            is_right = is_inside & (boxes[:, 2:] > 0).all(1) & (labels >= 0) & (labels < num_classes)
+            for label, box in zip(labels[~is_right], boxes[~is_right]):
+                rule = f"a label from 0 to {num_classes - 1}, and a box (cx, cy, w, h) in [0, 1] with an area"
+                raise ValueError(f"targets[{index}] has label {label} and box {box.tolist()}, not {rule}")
 
 
 # ---- 15. The authors' released weights -----------------------------------------------------------
@@ -886,95 +827,62 @@ OFFICIAL_NAMES = {  # replaced in this order: a part of their names, and what we
     "ref_anchor_head": "reference_size", "query_scale": "position_scale", ".sa_": ".self_", ".ca_": ".cross_",
     "qcontent_proj": "query_content", "qpos_proj": "query_position", "qpos_sine_proj": "query_sine",
     "kcontent_proj": "key_content", "kpos_proj": "key_position", "v_proj": "value"}
-OFFICIAL_ARGS = {  # what the weights do not show: one of our fields, and their option
-    "dn_groups": "scalar", "label_noise": "label_noise_scale", "center_noise": "box_noise_scale",
-    "size_noise": "box_noise_scale", "num_heads": "nheads", "dropout": "dropout", "dilation": "dilation"}
-RESNETS = {  # by their output channels, and blocks in layer3
-    (512, 2): "resnet18", (512, 6): "resnet34", (2048, 6): "resnet50", (2048, 23): "resnet101",
-    (2048, 36): "resnet152"}
+OFFICIAL_ARGS = {  # our fields, and their options
+    "num_queries": "num_queries", "hidden_dim": "hidden_dim", "num_heads": "nheads",
+    "num_encoder_layers": "enc_layers", "num_decoder_layers": "dec_layers",
+    "dim_feedforward": "dim_feedforward", "dropout": "dropout", "activation": "transformer_activation",
+    "num_patterns": "num_patterns", "backbone": "backbone", "dilation": "dilation", "dn_groups": "scalar",
+    "label_noise": "label_noise_scale", "center_noise": "box_noise_scale", "size_noise": "box_noise_scale"}
 
 
 def read_checkpoint(path):
     """The dict in a checkpoint file, read without running code from it. Raises ValueError if it can't be."""
     torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold their options
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} can't be read as a checkpoint: there is no such file") from None
-    except Exception:       # of many types, with texts that advise to run code from the file
-        content = None
-    require(isinstance(content, dict), f"{path} can't be read as a checkpoint: it is damaged, or not a dict "
-            "of tensors and plain values by torch.save")
-    return content
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except OSError as error:        # no such file, a folder, ...
+        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+    except Exception:               # of many types, with texts that advise to run code from the file
+        raise ValueError(f"{path} is damaged, or not a dict of tensors and plain values") from None
 
 
-def official_config(state, args):
-    """The fields of DNDETRConfig that the weights `state`, under our names, and their options `args` show."""
-    def count(prefix):      # of layers or blocks
-        return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
+def load_official(checkpoint, **overrides):
+    """A DNDETR, on the CPU, with the authors' weights: the path of a file as they release it, its dict, or a
+    bare state dict. Loading is strict.
 
-    resnet = state["input_projection.weight"].shape[1], count("backbone.layer3.")
-    has_slopes = "decoder.layers.0.activation.weight" in state
-    return {ours: args[theirs] for ours, theirs in OFFICIAL_ARGS.items() if theirs in args} | {
-        "num_classes": len(state["class_head.weight"]), "num_queries": len(state["anchor_logits.weight"]),
-        "hidden_dim": len(state["decoder.norm.bias"]), "num_patterns": len(state.get("patterns.weight", ())),
-        "dim_feedforward": len(state["decoder.layers.0.linear1.weight"]),
-        "num_encoder_layers": count("encoder.layers."), "num_decoder_layers": count("decoder.layers."),
-        "backbone": RESNETS.get(resnet, f"a network of {resnet[0]} channels, {resnet[1]} blocks in layer3"),
-        "activation": "prelu" if has_slopes else args.get("transformer_activation", "relu")}
-
-
-def load_official(model_class, checkpoint, overrides):
-    """A model of `model_class`, on the CPU, with the authors' weights. Loading is strict.
-
-    `checkpoint`: the path of a file as they release it, its dict, or a bare state dict. Sizes are read off
-    the weights. The rest comes from `overrides` (fields of DNDETRConfig), else from the options in the file,
-    else it is as in the paper. Raises ValueError for what is not theirs, with the tensors that do not fit.
+    Fields of DNDETRConfig come from `overrides`, else from the options in the file, else they are as in the
+    paper. Raises ValueError for what is not theirs, with the tensors that do not fit.
     """
-    is_dict = isinstance(checkpoint, dict)
-    origin, content = ("this dict", checkpoint) if is_dict else (checkpoint, read_checkpoint(checkpoint))
-    weights, args = content.get("model", content), content.get("args", {})
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    are_dicts = isinstance(weights, dict) and isinstance(args, dict)
-    require(are_dicts and all(isinstance(tensor, Tensor) for tensor in weights.values()),
-            f"{origin} is not a DN-DETR checkpoint of the authors: its model is not a state dict")
-    state = {}              # their box head is stored under two names, which become one
-    for name, tensor in weights.items():
-        for theirs, ours in OFFICIAL_NAMES.items():
-            name = name.replace(theirs, ours)
-        state[name] = tensor
+    content, state = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint), {}
     try:
-        model = model_class(DNDETRConfig(**official_config(state, args) | overrides))
+        options = content.get("args", {})
+        options = vars(options) if isinstance(options, argparse.Namespace) else options
+        for name, tensor in content.get("model", content).items():
+            for theirs, ours in OFFICIAL_NAMES.items():
+                name = name.replace(theirs, ours)
+            state[name] = tensor    # their box head is stored under two names, which become one
+        fields = {ours: options[theirs] for ours, theirs in OFFICIAL_ARGS.items() if theirs in options}
+        fields["num_classes"] = len(state["class_head.weight"])
+        model = DNDETR(DNDETRConfig(**fields | overrides))
         model.load_state_dict(state)
-    except KeyError as error:
-        raise ValueError(f"{origin} is not a DN-DETR checkpoint of the authors: it lacks {error}") from error
-    except RuntimeError as error:
-        raise ValueError(f"the weights of {origin} do not fit the model: {error}") from error
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError("this is not a DN-DETR checkpoint of the authors, or it needs other fields of "
+                         f"DNDETRConfig: {type(error).__name__}: {error}") from error
     return model
 
 
-# ---- 16. python dn_detr.py: a tour in a few seconds ----------------------------------------------
-
-def tour():
-    """Print noised boxes, the mask, the shapes of the outputs, and the loss."""
+if __name__ == "__main__":      # a tour, in a few seconds
     torch.manual_seed(0)
-    boxes, labels = torch.tensor([[0.5, 0.4, 0.3, 0.2], [0.7, 0.6, 0.4, 0.5]]), torch.tensor([1, 2])
-    targets = [{"labels": labels[:1], "boxes": boxes[:1]}, {"labels": labels, "boxes": boxes}]
+    boxes = torch.tensor([[0.5, 0.4, 0.3, 0.2], [0.7, 0.6, 0.4, 0.5]])
+    print("An object (cx, cy, w, h), and three noised copies of it:", boxes[:1],
+          noise_boxes(boxes[:1].repeat(3, 1), center_noise=0.4, size_noise=0.4),
+          "The attention mask, 2 groups of 2 copies, then 3 matching queries (1 = blocked):",
+          dn_attention_mask(num_groups=2, group_size=2, num_queries=3).int(), sep="\n")
     config = DNDETRConfig(num_classes=3, num_queries=6, hidden_dim=32, num_heads=4, num_encoder_layers=1,
                           num_decoder_layers=2, dim_feedforward=64, backbone="small", dn_groups=2)
+    targets = [{"labels": torch.tensor([1, 2]), "boxes": boxes}] * 2
     outputs = DNDETR(config)(torch.randn(2, 3, 64, 64), targets=targets)
-    print("1. An object (cx, cy, w, h), and three noised copies of it:", boxes[:1],
-          noise_boxes(boxes[:1].repeat(3, 1), config.center_noise, config.size_noise),
-          "2. The attention mask, 2 groups of 2 copies, then 3 matching queries (1 = blocked):",
-          dn_attention_mask(num_groups=2, group_size=2, num_queries=3).int(),
-          "3. The outputs in training (at inference, there are none that begin with dn):", sep="\n")
     for name, letters in (("dn_logits", "L, B, P*M, C"), ("dn_boxes", "L, B, P*M, 4"),
                           ("all_logits", "L, B, N, C"), ("all_boxes", "L, B, N, 4")):
         print(f"{name} [{letters}] = {list(outputs[name].shape)}")
-    losses = DNDETRCriterion(config)(outputs, targets)
-    print(f"4. The loss: {losses['loss']:.2f} = {losses['loss_matching']:.2f} for the matching queries "
-          f"+ {losses['loss_denoising']:.2f} for the denoising queries")
-
-
-if __name__ == "__main__":
-    tour()
+    print({name: round(loss.item(), 3) for name, loss in training_loss(outputs, targets, config).items()})
