@@ -1,19 +1,19 @@
 """DN-DETR in one file: "Accelerate DETR Training by Introducing Query DeNoising" (Li et al., CVPR 2022).
-Sections, equations and tables are numbered as in the CVPR paper. The extended version, which came later to
-arXiv (2203.01305), numbers some of them differently.
+"Sec.", "Eq." and "Table" are those of the CVPR paper. The extended version, which came later to arXiv
+(2203.01305), numbers some of them differently. "Section" is one of this file.
 
 The problem. DETR turns N learned queries into N predictions. At every training step, bipartite (Hungarian)
 matching decides anew which query is responsible for which object. Early in training the assignment keeps
 changing: a query is trained towards one object now, and towards another one soon after (Sec. 3.1).
 
 The idea. In training, the decoder gets a second kind of query: ground-truth boxes and labels with noise
-added. They are called denoising queries, the learned ones matching queries. Which object a denoising query
-was made from is known. It needs no matching, and has to restore that object's box and label.
+added. They are called denoising queries, the learned ones matching queries. A denoising query has to restore
+the box and the label of the object that it was made from. As this object is known, there is no matching.
 
-Why it helps. First, which object a denoising query must restore is fixed: no matching can change it. So the
-decoder always has something consistent to learn. Second, a noised box starts near its object, so the decoder
-learns early to refine a box from what it sees nearby (Sec. 3.2). The matching queries, alone at inference,
-pass through the same decoder, and so profit from what it has learned.
+Why it helps. First, no matching can change which object a denoising query must restore, so the decoder always
+has something consistent to learn. Second, a noised box starts near its object, so the decoder learns early to
+refine a box from what it sees nearby (Sec. 3.2). The matching queries, alone at inference, pass through the
+same decoder, and so profit from what it has learned.
 
 A query of this decoder (DAB-DETR's) has two parts: an *anchor*, the box where it looks, and a *content*
 vector, what it has found there. A noised box becomes an anchor, a noised label becomes content. Every decoder
@@ -21,7 +21,7 @@ layer corrects the anchors a little. One training step:
 
     objects       = ground-truth labels and boxes                    K in the batch
     copies        = P noised copies of each object, one per group                     section 3
-    queries       = copies, then matching queries                    Q = P*M + N      section 4
+    queries       = slots with the copies, then matching queries     Q = P*M + N      section 4
     mask          = matching queries may not attend to the copies, which hold         section 5
                     the answer, and no group may attend to another group
     logits, boxes = decoder(queries, image, mask)                                     sections 6-10
@@ -29,22 +29,22 @@ layer corrects the anchors a little. One training step:
     dn_pairs      = (copy of object k, object k), known without matching              section 4
     loss          = set_loss(pairs) + set_loss(dn_pairs)             the same loss    section 12
 
-Shapes, the same letters everywhere:
+Shapes:
 
     B images         K objects in the batch        M the most objects in one image of the batch
     P groups         N matching queries            Q = P*M + N decoder queries
     D hidden width   S = h*w image tokens          R matched pairs (query, object) in a layer
-    C classes        L decoder layers
+    C classes        L decoder layers              n objects of one image
     boxes are (cx, cy, w, h) in [0, 1], relative to their image; in masks, True means blocked
 
-Outputs, losses and the norm of the gradient agree with the authors' code (github.com/IDEA-Research/DN-DETR,
-dn_dab_detr). Checkpoints in their format load; this is tested with the names and shapes of their R50 model.
-The differences:
+Apart from D1 to D4, outputs, losses and the norm of the gradient agree with the authors' code
+(github.com/IDEA-Research/DN-DETR, dn_dab_detr). Checkpoints in their format load, which was tested with the
+names and shapes of their R50 model.
 
     D1 A slot without an object (in an image with fewer than M objects) is masked out. In the authors' code
        its group can attend to it, so denoising outputs, not matching ones, depend on the rest of the batch.
     D2 Center shifting and box scaling have a scale each, as in the paper. The authors' code has one for both.
-    D3 Off by default, for small models and images: dn_max_queries, position_frequency, cell_centers,
+    D3 Added for small models and images, off by default: dn_max_queries, position_frequency, cell_centers,
        backbone="small", frozen_norm=False.
     D4 The normalizer of the denoising loss is averaged over processes, like that of the matching loss.
     D5 Left out: segmentation, deformable attention, Swin backbones.
@@ -109,13 +109,13 @@ BACKBONES = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet15
 
 @dataclasses.dataclass(frozen=True)
 class DNDETRConfig:
-    """All settings. Defaults: the paper's R50 on COCO. Raises ValueError that names an impossible field."""
+    """All settings. Defaults: the paper's R50 on COCO. A value out of range raises a ValueError."""
     # Denoising [DN]
     dn_groups: int = 5              # P, Sec. 4.4, Table 5; 0 turns denoising off
     label_noise: float = 0.2        # gamma, Sec. 4.3: probability that a label is flipped
-    center_noise: float = 0.4       # lambda_1: maximum center shift, as a fraction of half width and height
-    size_noise: float = 0.4         # lambda_2: maximum change of width and height, as a fraction of each
-    dn_max_queries: int = 0         # if > 0, the most copies per image: P is lowered to fit
+    center_noise: float = 0.4       # lambda_1: maximum center shift, a fraction of half the width and height
+    size_noise: float = 0.4         # lambda_2: maximum change of width and height, a fraction of each
+    dn_max_queries: int = 0         # if > 0, lowers P until the P*M slots fit, but not below 1
     dn_mask: bool = True            # ablation only, Table 4: False blocks only empty slots
     # What is detected. There is no class for "no object": each class has a sigmoid of its own.
     num_classes: int = 91           # C; labels run from 0 to C-1 (COCO's category ids end at 90)
@@ -128,7 +128,7 @@ class DNDETRConfig:
     dim_feedforward: int = 2048
     dropout: float = 0.0
     activation: str = "prelu"       # "prelu" (one learned slope per layer), "relu" or "gelu"
-    num_patterns: int = 0           # learned contents (Anchor DETR): an anchor looks once for each of them
+    num_patterns: int = 0           # learned vectors added to contents; an anchor is used once with each
     # Backbone
     backbone: str = "resnet50"      # a torchvision ResNet, or "small", which learns from scratch
     dilation: bool = False          # DC5: the last stage keeps its resolution (stride 16, not 32)
@@ -139,7 +139,7 @@ class DNDETRConfig:
     image_temperature: float = 20.0
     anchor_temperature: float = 10000.0
     position_frequency: float = 1.0      # cycles of the fastest sine across the image (paper: 1)
-    cell_centers: bool = False           # True: a feature cell's coordinate is its center, not far corner
+    cell_centers: bool = False           # a feature cell's coordinate is its center, not its far corner
     # Matching costs, and weights of the loss
     cost_class: float = 2.0
     cost_box: float = 5.0
@@ -152,7 +152,7 @@ class DNDETRConfig:
 
     def __post_init__(self):
         def check(name, is_met, rule):
-            require(is_met, f"{name} is {getattr(self, name)!r}, it must be {rule}")
+            require(is_met, f"{name} is {getattr(self, name)!r}; it must be {rule}")
 
         for name in ("num_classes", "num_queries", "hidden_dim", "num_heads", "num_decoder_layers"):
             check(name, getattr(self, name) >= 1, "at least 1")
@@ -160,7 +160,7 @@ class DNDETRConfig:
             check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("label_noise", "center_noise", "size_noise"):
             check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        check("hidden_dim", self.hidden_dim % self.num_heads == self.hidden_dim % 4 == 0,
+        check("hidden_dim", self.hidden_dim % math.lcm(4, self.num_heads) == 0,
               f"divisible by num_heads ({self.num_heads}), and by 4 (sine and cosine of x and y)")
         check("activation", self.activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
         check("backbone", self.backbone in BACKBONES, f"one of {', '.join(BACKBONES)}")
@@ -171,27 +171,27 @@ class DNDETRConfig:
 def noise_labels(labels, num_classes, label_noise, generator=None):
     """Label flipping: with probability gamma = `label_noise`, replace a label by a random class.
 
-    labels [K] long, from 0 to C-1 -> [K]. The random class is uniform over all C classes, so it may be the
+    labels [n] long, from 0 to C-1 -> [n]. The random class is uniform over all C classes, so it may be the
     same one again: labels change at the rate gamma * (1 - 1/C). Raises ValueError if gamma is not in [0, 1].
     """
-    require(0 <= label_noise <= 1, f"label_noise is {label_noise}, it must be in [0, 1]")
+    require(0 <= label_noise <= 1, f"label_noise is {label_noise}; it must be in [0, 1]")
     is_flipped = torch.rand(labels.shape, generator=generator, device=labels.device) < label_noise
     random_labels = torch.randint(num_classes, labels.shape, generator=generator, device=labels.device)
     return torch.where(is_flipped, random_labels, labels)
 
 
 def noise_boxes(boxes, center_noise, size_noise, generator=None):
-    """Center shifting and box scaling: boxes [K, 4] (float, cxcywh in [0, 1]) -> [K, 4].
+    """Center shifting and box scaling: boxes [n, 4] (float, cxcywh in [0, 1]) -> [n, 4].
 
     With lambda_1 = `center_noise` < 1 the noised center stays inside the true box, so the decoder can tell
     which object is meant. Each of the four numbers is clamped to [0, 1]; a corner may still leave the image.
     Raises ValueError for integers, and for a scale that is not in [0, 1].
     """
     for name, scale in (("center_noise", center_noise), ("size_noise", size_noise)):
-        require(0 <= scale <= 1, f"{name} is {scale}, it must be in [0, 1]")
+        require(0 <= scale <= 1, f"{name} is {scale}; it must be in [0, 1]")
     require(boxes.is_floating_point(), f"boxes must be float, (cx, cy, w, h) in [0, 1], not {boxes.dtype}")
     uniform = torch.rand(boxes.shape, generator=generator, device=boxes.device, dtype=boxes.dtype) * 2 - 1
-    centers, sizes = boxes.split(2, dim=-1)                                          # [K, 2] each
+    centers, sizes = boxes.split(2, dim=-1)                                          # [n, 2] each
     # Center shifting:  |dx| <= lambda_1 w / 2  and  |dy| <= lambda_1 h / 2
     noised_centers = centers + uniform[:, :2] * center_noise * sizes / 2
     # Box scaling:  noised w in [(1 - lambda_2) w, (1 + lambda_2) w], and the same for h
@@ -249,13 +249,13 @@ def denoising_queries(targets, label_embedding, config):
     counts = [len(target["labels"]) for target in targets]
     slots = assign_slots(counts, config.dn_groups, config.dn_max_queries, device)
     # 2. Noise, drawn for every copy separately.
-    labels = noise_labels(labels[slots.source], config.num_classes, config.label_noise)    # [P*K]
-    boxes = noise_boxes(boxes[slots.source], config.center_noise, config.size_noise)       # [P*K, 4]
+    noised_labels = noise_labels(labels[slots.source], config.num_classes, config.label_noise)   # [P*K]
+    noised_boxes = noise_boxes(boxes[slots.source], config.center_noise, config.size_noise)      # [P*K, 4]
     # 3. The label becomes the content, and the box, as logits, the anchor. The last number of a content is
     #    the indicator: 1 in a denoising query, 0 in a matching query. It tells the shared decoder which task
     #    a query has (Sec. 4.5).
-    content = F.pad(label_embedding(labels), (0, 1), value=1.0)                      # [P*K, D]
-    anchor_logits = inverse_sigmoid(boxes)                                           # [P*K, 4]
+    content = F.pad(label_embedding(noised_labels), (0, 1), value=1.0)               # [P*K, D]
+    anchor_logits = inverse_sigmoid(noised_boxes)                                    # [P*K, 4]
     # 4. Copy i moves to slot[i] of image[i]: [B, P*M, *]. Empty slots stay zero; section 5 blocks them.
     index, shape = (slots.image, slots.slot), slots.is_real.shape
     content = content.new_zeros(*shape, config.hidden_dim).index_put(index, content)
@@ -286,7 +286,7 @@ def dn_attention_mask(num_groups, group_size, num_queries, device=None):
     num_denoising = num_groups * group_size
     query = torch.arange(num_denoising + num_queries, device=device)                 # [Q]
     is_denoising = query < num_denoising
-    # Denoising query q is in group q // M. Matching queries get P, which no group has.
+    # Denoising query q is in group q // M. Matching queries get P, which no group has. M may be 0.
     group = torch.where(is_denoising, query // max(group_size, 1), num_groups)
     # a_ij = 1 if j is a denoising query and i is not in the same group               (Eq. 7)
     return is_denoising[None, :] & (group[:, None] != group[None, :])                # [Q, Q]
@@ -296,14 +296,13 @@ def query_mask(slots, num_queries, dn_mask=True):
     """bool [B, 1, Q, Q] (1: for all heads): Eq. 7 (if `dn_mask`), and empty slots are blocked (D1)."""
     mask = dn_attention_mask(slots.num_groups, slots.group_size, num_queries, slots.is_real.device) & dn_mask
     is_empty = F.pad(~slots.is_real, (0, num_queries))                               # [B, Q]
-    mask = mask | is_empty[:, None, :]                                               # [B, Q, Q]
-    return mask[:, None]
+    return (mask | is_empty[:, None, :])[:, None]                                    # [B, 1, Q, Q]
 
 
 # ---- 6. Positions --------------------------------------------------------------------------------
 
 def sine_encoding(coordinates, width, temperature, frequency=1.0):
-    """Encode each coordinate in [0, 1] by `width` sines and cosines: [..., n] -> [..., n * width].
+    """Encode each coordinate in [0, 1] by `width` sines and cosines: [..., c] -> [..., c * width].
 
     For i = 0, 2, 4, ..., width - 2 the numbers i and i + 1 of the encoding of x are
         sin and cos of  2 pi f x / T^(i / width),   f = `frequency`, T = `temperature`.
@@ -311,15 +310,15 @@ def sine_encoding(coordinates, width, temperature, frequency=1.0):
     of image and anchors differ by default: the learned projections have to align them.
     """
     exponent = torch.arange(0, width, 2, dtype=torch.float32, device=coordinates.device) / width
-    angle = coordinates[..., None] * (2 * math.pi * frequency) / temperature ** exponent  # [..., n, width/2]
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)                    # [..., n * width]
+    angle = coordinates[..., None] * (2 * math.pi * frequency) / temperature ** exponent  # [..., c, width/2]
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)                    # [..., c * width]
 
 
 def cell_coordinates(cell_padding, cell_centers=False):
-    """(y, x) in (0, 1] of every feature cell, a square of pixels: padding bool [B, h, w] -> [B, h, w, 2].
+    """(y, x) in (0, 1] of every feature cell that is not padding: padding bool [B, h, w] -> [B, h, w, 2].
 
-    Only cells without padding are counted, so that 1 is the border of the image. The authors place a cell at
-    its bottom-right corner; `cell_centers` places it at its center.
+    Only such cells are counted, so that 1 is the border of the image. The authors place a cell at its
+    bottom-right corner; `cell_centers` places it at its center.
     """
     valid = (~cell_padding).float()
     y, x = valid.cumsum(1), valid.cumsum(2)                                          # 1, 2, 3, ...
@@ -409,7 +408,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
 
     def forward(self, query, key, value, blocked=None):
-        """query, key, value [B, heads, *, *], blocked bool [B, 1, Q or 1, S] or None -> [B, Q, D]."""
+        """query, key, value [B, heads, *, *], blocked bool [B, 1, Q, Q] or [B, 1, 1, S] -> [B, Q, D]."""
         allowed = None if blocked is None else ~blocked
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, allowed, dropout)
@@ -432,7 +431,7 @@ class DecoderLayer(nn.Module):
         self.cross_key_content, self.cross_key_position = nn.Linear(width, width), nn.Linear(width, width)
         self.cross_value = nn.Linear(width, width)
         self.cross_attn = Attention(config)
-        # In the first layer, where the content has seen nothing yet, positions are added to query and key.
+        # In the first layer, where the content has seen nothing yet, positions are also added to it.
         self.cross_query_position = nn.Linear(width, width) if is_first else None
         self.linear1 = nn.Linear(width, config.dim_feedforward)
         self.activation = ACTIVATIONS[config.activation]()
@@ -441,9 +440,9 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, content, query_position, query_sine, memory, memory_position, blocked, token_padding):
-        """content, query_position and query_sine (encodings of the whole anchor and of its center, section 9)
-        [B, Q, D]; memory (the image tokens) and memory_position [B, S, D]; blocked bool [B, 1, Q, Q] or None
-        (section 5); token_padding bool [B, S] or None -> content [B, Q, D]."""
+        """content [B, Q, D]; query_position, query_sine [B, Q, D], encodings of the anchor (self-attention)
+        and of its center (cross-attention); memory (the image tokens) and memory_position [B, S, D]; blocked
+        bool [B, 1, Q, Q] or None; token_padding bool [B, S] or None -> content [B, Q, D]."""
         # Self-attention: query and key are content + position. `blocked` acts here and nowhere else.
         query = self.heads(self.self_query_content(content) + self.self_query_position(query_position))
         key = self.heads(self.self_key_content(content) + self.self_key_position(query_position))
@@ -474,8 +473,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """All decoder layers. Each reads the image at its anchors, then corrects them for the next one.
 
-    Boxes are always computed in float32 (`.float()`): under autocast, the linear layers return half
-    precision, which is too coarse for coordinates.
+    Corrections are added in float32 (`.float()`): under autocast, the linear layers return half precision,
+    which is too coarse for the boxes themselves.
     """
 
     def __init__(self, config):
@@ -492,12 +491,12 @@ class Decoder(nn.Module):
         """content [B, Q, D], anchor_logits [B, Q, 4], box_head (an MLP, D -> 4), the rest as in DecoderLayer
         -> normalized outputs [L, B, Q, D], and the anchors that each layer started from, [L, B, Q, 4]."""
         anchors = anchor_logits.float().sigmoid()
-        outputs, anchors_per_layer = [], [anchors]
+        normed, anchors_per_layer = [], [anchors]
         for index, layer in enumerate(self.layers):
             query_position, query_sine = self.encode_anchors(anchors, content, is_first=index == 0)
             content = layer(content, query_position, query_sine, memory, memory_position,
                             blocked, token_padding)
-            outputs.append(self.norm(content))
+            normed.append(self.norm(content))
             if index < len(self.layers) - 1:
                 # box <- sigmoid(inverse_sigmoid(box) + delta). Here delta is computed from `content`, and in
                 # DNDETR.forward from norm(content), as in the authors' code.
@@ -506,11 +505,11 @@ class Decoder(nn.Module):
                 # `refined` keeps its gradient for the next layer's prediction, which is a correction of it.
                 anchors = refined.detach()
                 anchors_per_layer.append(refined)
-        return torch.stack(outputs), torch.stack(anchors_per_layer)
+        return torch.stack(normed), torch.stack(anchors_per_layer)
 
     def encode_anchors(self, anchors, content, is_first):
         """anchors [B, Q, 4] and content [B, Q, D] -> query_position for self-attention and query_sine for
-        cross-attention, both [B, Q, D]. DAB-DETR, Sec. 4.2 to 4.4."""
+        cross-attention, both [B, Q, D]. DAB-DETR's Sec. 4.2 to 4.4."""
         width = self.config.hidden_dim
         # query_position = MLP(PE(cy, cx, w, h)): where the anchor is, and how large
         cx, cy, w, h = anchors.unbind(-1)
@@ -604,9 +603,8 @@ class DNDETR(nn.Module):
     def encode_image(self, images, padding_mask):
         """-> tokens [B, S, D], their positions [B, S, D], and token_padding bool [B, S] or None."""
         features = self.input_projection(self.backbone(images))                      # [B, D, h, w]
-        # A cell is padding if one of its pixels is: the top-left one, where the stride divides the size
-        # (nearest neighbor, the default). interpolate expects [batch, channels, h, w], so the batch stands in
-        # for the channels.
+        # Nearest neighbor, the default: a cell is padding if its top-left pixel is (or one near it, where the
+        # stride does not divide the size). The batch stands in for interpolate's channels.
         padding = torch.zeros_like(images[:, 0]) if padding_mask is None else padding_mask    # [B, H, W]
         cell_padding = F.interpolate(padding[None].float(), features.shape[-2:])[0].bool()    # [B, h, w]
         coordinates = cell_coordinates(cell_padding, self.config.cell_centers)      # [B, h, w, 2]
@@ -620,7 +618,7 @@ class DNDETR(nn.Module):
     def matching_queries(self, batch_size):
         """The learned queries, the same for every image: content [B, N, D] and anchor logits [B, N, 4]."""
         anchor_logits = self.anchor_logits.weight                                    # [num_queries, 4]
-        # [DN] The content is the embedding of the label "unknown", and the indicator 0.
+        # [DN] The content is the embedding of the label "unknown" and the indicator 0; patterns are added.
         unknown = F.pad(self.label_embedding.weight[-1], (0, 1), value=0.0)          # [D]
         content = unknown.expand(len(anchor_logits), -1)                             # [num_queries, D]
         if self.config.num_patterns:
@@ -636,7 +634,7 @@ def generalized_iou(boxes, others, eps=1e-6):
     """Generalized IoU, in (-1, 1], of cxcywh boxes [..., 4] and [..., 4], with broadcasting -> [...].
 
     GIoU = I / U - (E - U) / E, with intersection I, union U, and E the area of the smallest enclosing box.
-    The authors have an eps of 1e-6; with torchvision's 1e-7, boxes of a few pixels differ.
+    With the authors' eps. torchvision's generalized_box_iou_loss would wait for the GPU.
     """
     ax0, ay0, ax1, ay1 = box_convert(boxes, "cxcywh", "xyxy").unbind(-1)
     bx0, by0, bx1, by1 = box_convert(others, "cxcywh", "xyxy").unbind(-1)
@@ -648,8 +646,8 @@ def generalized_iou(boxes, others, eps=1e-6):
 
 
 def matching_cost(logits, boxes, labels, true_boxes, config):
-    """The cost of pairing query n with object m: predictions logits [L, B, N, C] and boxes [L, B, N, 4],
-    objects labels [B, M] and true_boxes [B, M, 4] -> [L, B, N, M]."""
+    """The cost of pairing every query with every object: predictions logits [L, B, N, C] and boxes
+    [L, B, N, 4], objects labels [B, M] and true_boxes [B, M, 4] -> [L, B, N, M]."""
     # Focal cost, p being the predicted probability of the object's class. It is the loss of a positive minus
     # the loss of a negative,
     #     -alpha (1 - p)^gamma log(p)  -  (-(1 - alpha) p^gamma log(1 - p))
@@ -673,13 +671,13 @@ def match(logits, boxes, targets, config):
     object source[l, r], numbered through the batch. An image with n objects has min(N, n) of the R pairs.
     Raises ValueError if a cost is not finite. DETR, Sec. 3.1; authors: HungarianMatcher.
     """
-    # All costs at once, with the objects of an image padded to M: one transfer to the CPU in a training step.
+    # All costs at once, with the objects of an image padded to M: one transfer to the CPU per training step.
     counts = [len(target["labels"]) for target in targets]
     labels, true_boxes = (nn.utils.rnn.pad_sequence(x.split(counts), batch_first=True)     # [B, M], [B, M, 4]
                           for x in flatten_targets(targets, boxes.device))
     cost = matching_cost(logits, boxes, labels, true_boxes, config).cpu().numpy()          # [L, B, N, M]
     require(np.isfinite(cost).all(), "the matching cost is not finite: predictions are NaN or infinite. Look "
-            "for NaN in images or boxes, a fully padded image, or a learning rate too high")
+            "for NaN in images or boxes, a fully padded image, or too high a learning rate")
     pairs = []
     for layer_cost in cost:
         first = 0                                                 # number of the image's first object
@@ -722,14 +720,14 @@ def set_loss(logits, classes, boxes, true_boxes, num_objects, config):
 def training_loss(outputs, targets, config):
     """Outputs of DNDETR, and the targets that it was given (and has checked) -> dict of scalars.
 
-    "loss" is what to back-propagate, "loss_matching" + "loss_denoising": weighted sums over all layers. The
+    "loss" is what to backpropagate, "loss_matching" + "loss_denoising": weighted sums over all layers. The
     others are the unweighted terms of the last layer, under the authors' names: loss_ce (focal loss),
-    loss_bbox (L1) and loss_giou, with "dn_" in front for denoising. Raises ValueError for predictions that
-    are not finite. Authors: SetCriterion, compute_dn_loss.
+    loss_bbox (L1) and loss_giou, with "dn_" in front for denoising. Raises ValueError if a matching cost is
+    not finite. Authors: SetCriterion, compute_dn_loss.
     """
     logits, boxes = outputs["all_logits"], outputs["all_boxes"]             # [L, B, N, C], [L, B, N, 4]
     labels, true_boxes = flatten_targets(targets, logits.device)                     # [K], [K, 4]
-    # Matching: a paired query learns the class and the box of its object, all others to say no.
+    # Matching: a paired query learns the class and the box of its object, all others that there is nothing.
     image, query, source = match(logits, boxes, targets, config)                     # [L, R] each
     layer = torch.arange(len(logits), device=logits.device)[:, None]                 # [L, 1], beside [L, R]
     classes = torch.zeros_like(logits)                                               # [L, B, N, C]
@@ -801,8 +799,8 @@ def check_padding(padding_mask, images):
 
 
 def check_targets(targets, num_images, num_classes):
-    """Raise ValueError for ground truth that would train nonsense. Its values are looked at only where they
-    are on the CPU, because reading them from a GPU would stall it."""
+    """Raise ValueError for unusable ground truth. Its values are looked at only where they are on the CPU,
+    because reading them from a GPU would stall it."""
     require(len(targets) == num_images, f"{len(targets)} targets for a batch of {num_images} images")
     for index, target in enumerate(targets):
         labels, boxes = target["labels"], target["boxes"]                            # [n], [n, 4]
@@ -811,23 +809,24 @@ def check_targets(targets, num_images, num_classes):
                 f"targets[{index}] must have labels, long [n], and boxes, float [n, 4], not "
                 f"{labels.dtype} {list(labels.shape)} and {boxes.dtype} {list(boxes.shape)}")
         if labels.device.type == boxes.device.type == "cpu":
-            is_inside = ((boxes - 0.5).abs() <= 0.501).all(1)       # annotations are rounded
-            is_right = is_inside & (boxes[:, 2:] > 0).all(1) & (labels >= 0) & (labels < num_classes)
-            for label, box in zip(labels[~is_right], boxes[~is_right]):
+            fits = ((boxes >= -0.001) & (boxes <= 1.001)).all(1)            # annotations are rounded
+            is_right = fits & (boxes[:, 2:] > 0).all(1) & (labels >= 0) & (labels < num_classes)
+            if not is_right.all():
+                label, box = (values[~is_right][0].tolist() for values in (labels, boxes))
                 rule = f"a label from 0 to {num_classes - 1}, and a box (cx, cy, w, h) in [0, 1] with an area"
-                raise ValueError(f"targets[{index}] has label {label} and box {box.tolist()}, not {rule}")
+                raise ValueError(f"targets[{index}] has label {label} and box {box}, not {rule}")
 
 
 # ---- 15. The authors' released weights -----------------------------------------------------------
 
-OFFICIAL_NAMES = {  # replaced in this order: a part of their names, and what we call it
+OFFICIAL_NAMES = {  # {a part of their names: ours}, replaced in this order
     "module.": "", "transformer.": "", "backbone.0.body.": "backbone.", "input_proj.": "input_projection.",
     "label_enc.": "label_embedding.", "class_embed": "class_head", "decoder.bbox_embed": "box_head",
     "bbox_embed": "box_head", "refpoint_embed": "anchor_logits", "ref_point_head": "anchor_mlp",
     "ref_anchor_head": "reference_size", "query_scale": "position_scale", ".sa_": ".self_", ".ca_": ".cross_",
     "qcontent_proj": "query_content", "qpos_proj": "query_position", "qpos_sine_proj": "query_sine",
     "kcontent_proj": "key_content", "kpos_proj": "key_position", "v_proj": "value"}
-OFFICIAL_ARGS = {  # our fields, and their options
+OFFICIAL_ARGS = {  # {our field: their option}
     "num_queries": "num_queries", "hidden_dim": "hidden_dim", "num_heads": "nheads",
     "num_encoder_layers": "enc_layers", "num_decoder_layers": "dec_layers",
     "dim_feedforward": "dim_feedforward", "dropout": "dropout", "activation": "transformer_activation",
@@ -842,18 +841,19 @@ def read_checkpoint(path):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:        # no such file, a folder, ...
         raise ValueError(f"{path} can't be read: {error.strerror}") from None
-    except Exception:               # of many types, with texts that advise to run code from the file
+    except Exception:               # of many types, whose texts advise to run code from the file
         raise ValueError(f"{path} is damaged, or not a dict of tensors and plain values") from None
 
 
 def load_official(checkpoint, **overrides):
-    """A DNDETR, on the CPU, with the authors' weights: the path of a file as they release it, its dict, or a
-    bare state dict. Loading is strict.
+    """A DNDETR, on the CPU, with the authors' weights. `checkpoint` is the path of a file as they release it,
+    its dict, or a bare state dict. Loading is strict.
 
     Fields of DNDETRConfig come from `overrides`, else from the options in the file, else they are as in the
-    paper. Raises ValueError for what is not theirs, with the tensors that do not fit.
+    paper. Raises ValueError if the file is not theirs, with the tensors that do not fit.
     """
-    content, state = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint), {}
+    content = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
+    state = {}
     try:
         options = content.get("args", {})
         options = vars(options) if isinstance(options, argparse.Namespace) else options

@@ -11,7 +11,7 @@
     python train_toy.py ablate                                   the paper's Tables 4 and 5
     torchrun --nproc-per-node 8 train_toy.py ...                 several processes, one per GPU
 
-Each command has a --help. A training also takes every field of DNDETRConfig but num_classes: --dn-groups 2.
+Each command has a --help. A training also takes the fields of DNDETRConfig but num_classes: --dn-groups 2.
 Start reading at train() in section 8: its inner loop is the training step. What it uses stands above it.
 """
 import argparse
@@ -75,7 +75,6 @@ OPTIONS = {     # default and help; the type of the default is the type of the o
     "device": ("", "cuda, mps or cpu; if not given, the first that is there"),
     "output_dir": ("runs/shapes", "where the files go")}
 FIELDS = {each.name: (each.default, argparse.SUPPRESS) for each in dataclasses.fields(DNDETRConfig)}
-del FIELDS["num_classes"]
 PRESETS = {     # other defaults, of a command, or of a training with this option
     "coco_train": dict(epochs=50, lr=1e-3, image_size=256, output_dir="runs/coco"),
     "overfit": dict(epochs=6, lr=1e-3, batch_size=4, output_dir="runs/overfit"),
@@ -84,7 +83,7 @@ PRESETS = {     # other defaults, of a command, or of a training with this optio
     "compare": dict(epochs=12, train_size=800, val_size=200, anchors="normal", output_dir="runs/experiment")}
 PRESETS["ablate"] = PRESETS["compare"]
 TAKES = {       # the options of each command
-    "train": {*OPTIONS, *FIELDS} - {"seeds", "threshold"},
+    "train": {*OPTIONS, *FIELDS} - {"seeds", "threshold", "num_classes"},
     "evaluate": {"coco_val", "image_size", "batch_size", "workers", "amp", "device"},
     "predict": {"image_size", "threshold", "device", "output_dir"},
     "compare": {"anchors", "epochs", "batch_size", "train_size", "val_size", "seeds", "device", "output_dir"}}
@@ -103,7 +102,7 @@ def parse_options(argv=None):
     defaults = {name: default for name, (default, _) in OPTIONS.items()} | PRESETS.get(command, {})
     parser = argparse.ArgumentParser(
         f"train_toy.py {command}", description=__doc__, argument_default=argparse.SUPPRESS,
-        epilog=f"Defaults: {defaults}\nOther defaults of a training with ...: {PRESETS}",
+        epilog=f"Defaults: {defaults}\nOther defaults, of a command or with an option: {PRESETS}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     if command in ("evaluate", "predict"):
         parser.add_argument("checkpoint", help="ours or the authors'")
@@ -118,26 +117,26 @@ def parse_options(argv=None):
         if name in TAKES[command]:
             parser.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
     given = vars(parser.parse_args(argv))
-    for name in (name for name in PRESETS if name in given):
+    for name in filter(given.get, PRESETS):
         defaults |= PRESETS[name]
-    if given.keys() >= {"init", "coco_train"}:
+    if given.get("init") and given.get("coco_train"):
         defaults["image_size"] = read_checkpoint(given["init"]).get("image_size", 800)
-    if "resume" in given:
+    if given.get("resume"):
         saved = read_checkpoint(Path(given["resume"], "last.pt")).get("options")
         require(saved, f"{given['resume']}/last.pt is not from a run")
         defaults |= saved | {"output_dir": given["resume"], "device": ""}
     options = {"command": command} | defaults | given
 
-    # A number is at least 1 where the default is, and never negative.
-    for name, value in given.items():
-        if name in OPTIONS and isinstance(value, (int, float)) and not value >= min(OPTIONS[name][0], 1) // 1:
-            parser.error(f"{name} can't be {value}")
+    for name in given.keys() & OPTIONS.keys():
+        smallest = 1 if name in ("epochs", "batch_size", "train_size", "val_size") else 0
+        if isinstance(given[name], (int, float)) and not smallest <= given[name] < math.inf:
+            parser.error(f"{name} can't be {given[name]}")
     if command == "train":
         for kind in filter(options.get, WITHOUT_EFFECT):
             for name in given.keys() & WITHOUT_EFFECT[kind]:
                 parser.error(f"{name} has no effect with {kind}: drop it, or start a new run with --init")
         if bool(options["coco_val"]) != bool(options["coco_train"] and not options["overfit"]):
-            parser.error("--coco-val is needed with --coco-train, unless with --overfit, and never without")
+            parser.error("--coco-val belongs to --coco-train without --overfit, and is needed there")
     return argparse.Namespace(**options)
 
 
@@ -191,14 +190,14 @@ def log(text):
 
 
 def progress(iterable, description):
-    # None: no bar in a log file.
+    # None: no bar where stderr is no terminal.
     return tqdm(iterable, desc=description, leave=False, disable=True if RANK else None)
 
 
 def write(path, write_to):
     """Write a file, in the first process only. A killed process or a full disk leaves the old one, whole."""
     if RANK == 0:
-        temporary = path.with_name(f"tmp-{path.name}")      # the ending is the format of a picture
+        temporary = path.with_name(f"tmp-{path.name}")      # with its ending, which picks a picture's format
         with explain(f"{path} can't be written (a full disk, an open file?)", OSError, RuntimeError):
             write_to(temporary)
             os.replace(temporary, path)
@@ -207,7 +206,7 @@ def write(path, write_to):
 # ---- 3. Shapes: a detection dataset out of nothing -----------------------------------------------
 
 SIDE = 64   # pixels of an image
-SHAPE_MASKS = {  # in a box from -1 to 1, u to the right and v down; the slack lets tips reach its border
+SHAPE_MASKS = {  # in a box from -1 to 1, u to the right and v down; 0.06 and 0.01 let tips touch its border
     "circle": lambda u, v: u ** 2 + v ** 2 <= 1,
     "square": lambda u, v: np.ones_like(u + v, dtype=bool),
     "triangle": lambda u, v: abs(u) <= (v + 1) / 2 + 0.06,
@@ -224,7 +223,7 @@ def overlap(a, b):
 
 def draw_scene(seed):
     """-> image uint8 [3, SIDE, SIDE] and its objects, (label, [x, y, w, h] in pixels). One image of twenty is
-    empty, another one has 9 to 12 small shapes, and the others have 1 to 8."""
+    empty, another one has 9 to 12 small shapes, the others have 1 to 8; fewer where no more fit."""
     rng = np.random.default_rng(seed)
     v, u = (np.mgrid[:SIDE, :SIDE] + 0.5) / SIDE
     first, second = background = rng.uniform(0, 255, (2, 3))        # the two ends of a color gradient
@@ -265,9 +264,9 @@ def draw_shapes(size, seed, split):
 # ---- 4. Datasets in COCO format, and batches -----------------------------------------------------
 
 def read_image(path, image_size, upright=False):
-    """An image file as uint8 [3, h, w], and its (height, width) in the file. As in DETR, the shorter side
+    """An image file as uint8 [3, h, w], and the (height, width) that it had. As in DETR, the shorter side
     becomes `image_size`, and the longer one at most 5/3 of it. `upright`: turned as its EXIF tag says. Raises
-    ValueError, naming the file, whatever goes wrong."""
+    a ValueError that names the file, whatever goes wrong."""
     with explain(f"image {path} can't be read", Exception):
         image = Image.open(path)
         require(image.mode[0] not in "IF", f"its mode is {image.mode}, convert it to 8 bits")
@@ -289,20 +288,20 @@ class DetectionDataset(Dataset):
     category id in `names` {category id: name}, by default those of `data`. Augmentation is drawn from (seed,
     epoch, index): the same in every process, whatever happened before. Training and `truth`, by which AP is
     measured, have the same boxes, clipped to the image; only crowds are in `truth` alone, so that detections
-    on them are ignored. Raises ValueError that shows the first record that is wrong.
+    on them are ignored. Raises a ValueError that shows the first record that is wrong.
     """
     epoch = 0
 
     def __init__(self, data, folder, count, image_size, augmentation, seed=0, names=None):
         self.image_size, self.transform, self.seed = image_size, v2.Compose(augmentation), seed
         self.images, self.sizes, self.truth, record = [], [], [], data
-        index_of, files, own_names, dropped, clipped = {}, {}, {}, 0, 0
+        index_of, seen, own_names, dropped, clipped = {}, {}, {}, 0, 0
         try:
             for record in data["images"]:
                 self.images.append(f"{folder}/{record['file_name']}" if folder else record["image"])
-                index_of[record["id"]] = files[self.images[-1]] = len(self.sizes)
+                index_of[record["id"]] = seen[self.images[-1]] = len(self.sizes)
                 self.sizes.append((record["height"], record["width"]))
-                require(len(index_of) == len(files) == len(self.sizes), "its id or its file is listed twice")
+                require(len(index_of) == len(seen) == len(self.sizes), "its id or its file is listed twice")
                 require(0 < min(self.sizes[-1]) <= max(self.sizes[-1]) < math.inf, "sizes are in pixels")
             for record in data["categories"]:
                 require(record["id"] not in own_names, "another category has this id")
@@ -341,7 +340,7 @@ class DetectionDataset(Dataset):
             f"a pixel or less dropped, {clipped} clipped to their image")
         require(any(objects) and clipped <= len(self.truth) / 2,
                 f"{self.description}. A bbox is [x, y, width, height] in pixels, neither relative nor "
-                "[x0, y0, x1, y1]; iscrowd is not trained on, nor what is not in the first --overfit images")
+                "[x0, y0, x1, y1]; crowds (iscrowd) and images after the first --overfit are left out")
         missing = [path for path in self.images if isinstance(path, str) and not os.path.isfile(path)]
         require(not missing, f"{len(missing)} of {len(self)} images are missing, e.g. {missing[:1]}")
 
@@ -354,7 +353,7 @@ class DetectionDataset(Dataset):
             path, (image, size) = image, read_image(image, self.image_size)
             require(size == self.sizes[index], f"{path} has {size} pixels (height, width), and not "
                     f"{self.sizes[index]} as annotated: was it resized, or turned by its EXIF tag?")
-        # Relative boxes are those of an image of 1 x 1.
+        # Boxes are relative, so the canvas is 1 x 1.
         boxes = tv_tensors.BoundingBoxes(self.boxes[index], format="CXCYWH", canvas_size=(1, 1))
         with torch.random.fork_rng(devices=[]):         # leaves the random numbers of denoising alone
             torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
@@ -398,7 +397,7 @@ IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))     # mean and s
 
 
 def normalize(images, padding_mask, device):
-    """The images of a batch as float, normalized but for the padding, and the mask, both on `device`."""
+    """The images of a batch as float, normalized (padding stays 0), and the mask, both on `device`."""
     mean, std = (to_device(values, device) for values in torch.tensor(IMAGENET).view(2, 3, 1, 1))
     # Moved first, as only pinned memory is copied without waiting. A step is 5 % faster in channels_last.
     images = (to_device(images, device).to(memory_format=torch.channels_last) - mean) / std
@@ -421,8 +420,8 @@ def initialize_for_toy(model, on_grid=True):
         y, x = (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns
         boxes = nn.functional.pad(torch.cartesian_prod(y, x)[:count].flip(1), (0, 2), value=0.3)
         model.anchor_logits.weight.copy_(dn_detr.inverse_sigmoid(boxes))
-    # The sine parts of query and key start as the same rotation (times 2, for a sharper peak), and the
-    # scales of positions as 1. Summed over the heads, scores are then largest at the anchor.
+    # The sine parts of query and key start as the same rotation (times 2 each, for a sharper peak), and the
+    # scales of positions as 1. At equal temperatures, scores summed over the heads are largest at the anchor.
     for layer in model.decoder.layers:
         nn.init.orthogonal_(layer.cross_key_position.weight, gain=2)
         nn.init.zeros_(layer.cross_key_position.bias)
@@ -449,28 +448,29 @@ def load_detector(path, **overrides):
     return model, checkpoint
 
 
-def build_model(options, num_classes):
-    """The model that the options describe, with the weights they name. If there are other classes than in the
-    checkpoint of --init, the tensors that depend on their number start anew."""
+def build_model(options, names):
+    """The model that the options describe, for the classes in `names`, with the weights they name. If the
+    checkpoint of --init has other classes, what belongs to a class starts anew."""
     chosen = {name: value for name, value in vars(options).items() if name in FIELDS}
     if options.init:
-        old, _ = load_detector(options.init, **chosen)
-        model = DNDETR(dataclasses.replace(old.config, num_classes=num_classes))
+        old, checkpoint = load_detector(options.init, **chosen)
+        model = DNDETR(dataclasses.replace(old.config, num_classes=len(names)))
         state, fresh = old.state_dict(), model.state_dict()
         # The last row, "unknown", means the same whatever the classes are.
         fresh["label_embedding.weight"][-1] = state["label_embedding.weight"][-1]
-        anew = {name: fresh[name] for name in state if state[name].shape != fresh[name].shape}
+        heads = () if checkpoint["names"] == names else ("class_head.", "label_embedding.")
+        anew = {name: fresh[name] for name in state if name.startswith(heads)}
         model.load_state_dict(state | anew)
         log(f"{options.init}: of {len(state)} tensors, these start anew: {', '.join(anew) or 'none'}")
         return model
     defaults = (TOY_COCO if options.coco_train else TOY) | {"frozen_norm": options.pretrained_backbone}
-    model = DNDETR(DNDETRConfig(**defaults | chosen, num_classes=num_classes))
+    model = DNDETR(DNDETRConfig(**defaults | chosen, num_classes=len(names)))
     initialize_for_toy(model, on_grid=options.anchors == "grid")
     if options.pretrained_backbone:
         name, folder = model.config.backbone, f"{torch.hub.get_dir()}/checkpoints"
         with explain(f"no ImageNet weights for {name} online or in {folder}/{name}-*.pth", Exception):
             state = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=True)
-            model.backbone.load_state_dict({name: state[name] for name in model.backbone.state_dict()})
+            model.backbone.load_state_dict({key: state[key] for key in model.backbone.state_dict()})
     return model
 
 
@@ -495,8 +495,8 @@ AP_NAMES = "AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_
 
 
 def coco_metrics(dataset, detections, verbose=False):
-    """COCO's twelve numbers in percent, of which those by size only if `verbose`, and "AP_per_class",
-    {category id: AP}. None where there is nothing to measure, as of large objects in small images."""
+    """COCO's twelve numbers in percent, those by size only if `verbose`, and "AP_per_class", {category id:
+    AP}. None where there is nothing to measure, as of large objects in small images."""
     truth = COCO()
     truth.dataset = {"info": {}, "images": [{"id": index} for index in range(len(dataset))],
                      "categories": [{"id": label} for label in range(len(dataset.names))],
@@ -509,7 +509,8 @@ def coco_metrics(dataset, detections, verbose=False):
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-    precision = evaluator.eval["precision"][:, :, :, 0, -1].mean((0, 1))                # of each class
+    # precision: [IoU, recall, class, area, detections]
+    precision = evaluator.eval["precision"][:, :, :, 0, -1].mean((0, 1))                # [classes]
     numbers = [None if x < 0 else 100 * float(x) for x in (*evaluator.stats, *precision)]     # COCO says -1
     return dict(zip(AP_NAMES, numbers)) | {"AP_per_class": dict(zip(dataset.names, numbers[len(AP_NAMES):]))}
 
@@ -522,8 +523,8 @@ def coco_results(image_id, result, category_ids):
 
 
 def anchor_distances(model, boxes, matched, true_boxes):
-    """The l1 distance of each found object, whose query has a box with an IoU of at least 0.5, to the learned
-    anchor of this query. boxes [N, 4], matched [N], true_boxes [n, 4] -> [number of found objects]."""
+    """The L1 distance from the learned anchor of a query to the object that it is matched with, if its box
+    has an IoU of at least 0.5. boxes [N, 4], matched [N], true_boxes [n, 4] -> [number of such objects]."""
     query = (matched >= 0).nonzero().flatten()
     true_boxes = true_boxes[matched[query]]
     corners = (box_convert(x, "cxcywh", "xyxy") for x in (boxes[query], true_boxes))
@@ -536,8 +537,8 @@ def anchor_distances(model, boxes, matched, true_boxes):
 def evaluate(model, dataset, device, options, verbose=False):
     """-> metrics (dict), and the object that each query is matched with, long [images, N]."""
     model.eval()
-    loader = DataLoader(dataset, options.batch_size, sampler=range(RANK, len(dataset), WORLD_SIZE),
-                        collate_fn=collate, num_workers=options.workers)
+    loader = DataLoader(dataset, max(1, options.batch_size // WORLD_SIZE), collate_fn=collate,
+                        sampler=range(RANK, len(dataset), WORLD_SIZE), num_workers=options.workers)
     found = {}
     for images, padding_mask, targets in progress(loader, "evaluating"):
         with torch.autocast(device.type, torch.bfloat16) if options.amp else nullcontext():
@@ -573,7 +574,7 @@ LETTERS = ft2font.FT2Font(FONT).get_charmap()
 
 
 def draw_curves(runs, metrics=tuple(CURVES)):
-    """Metrics over the epochs of {name: [history of each seed]}: medians, in bands from least to most."""
+    """Metrics over the epochs of {name: [history of each seed]}: medians, in bands from lowest to highest."""
     figure = Figure(figsize=(3.2 * len(metrics), 2.8), layout="constrained", dpi=130)
     for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics):
         for (name, histories), color in zip(runs.items(), COLORS):
@@ -626,7 +627,7 @@ def draw_detections(model, dataset, device, count=6, threshold=0.5):
 
 def load_or_start(options):
     """-> model, training and held-out dataset, and the run: a dict of what a checkpoint holds, at the start
-    or as the last checkpoint left it. Raises ValueError if it would mix with another run, or other data."""
+    or as the last checkpoint left it. Raises ValueError if another run is in its folder, or data changed."""
     folder = Path(options.output_dir)
     require(options.batch_size % WORLD_SIZE == 0, f"{WORLD_SIZE} processes can't share --batch-size")
     require(options.resume or not (folder / "last.pt").exists(),
@@ -640,7 +641,7 @@ def load_or_start(options):
         require(run["data"] == data, f"{folder} was trained on other data, {run['data']}, and not on {data}: "
                 "restore them, or start a new run with --init")
         return model, train_set, val_set, run | {"options": vars(options)}
-    model = build_model(options, len(train_set.names))
+    model = build_model(options, train_set.names)
     return model, train_set, val_set, {
         "history": [], "config": dataclasses.asdict(model.config), "names": train_set.names, "data": data,
         "options": vars(options), "image_size": options.image_size or SIDE}
@@ -662,10 +663,10 @@ def train(options, device):
     """A whole run, or the rest of one -> its history, a dict for each epoch. The checkpoint last.pt holds
     all of it. Raises ValueError, naming step and images, if a prediction or a gradient is not finite."""
     model, train_set, val_set, run = load_or_start(options)
-    # Repeated with --overfit, or most of the time would be spent on evaluating after every few steps.
-    images = ConcatDataset([train_set] * math.ceil(200 / len(train_set) if options.overfit else 1))
-    sampler = DistributedSampler(images, WORLD_SIZE, RANK, seed=options.seed)
-    batches = DataLoader(images, options.batch_size // WORLD_SIZE, sampler=sampler, collate_fn=collate,
+    # With --overfit, the few images are repeated, or evaluation would take most of the time.
+    repeated = ConcatDataset([train_set] * math.ceil(200 / len(train_set) if options.overfit else 1))
+    sampler = DistributedSampler(repeated, WORLD_SIZE, RANK, seed=options.seed)
+    batches = DataLoader(repeated, options.batch_size // WORLD_SIZE, sampler=sampler, collate_fn=collate,
                          num_workers=options.workers, pin_memory=device.type == "cuda")
     model.to(device).backbone.to(memory_format=torch.channels_last)
     optimizer, schedule = build_optimizer(model, options.lr, len(batches) * options.epochs)
@@ -674,7 +675,8 @@ def train(options, device):
         part.load_state_dict(run[name])
     parallel_model = parallel(model, device)
     folder = Path(options.output_dir)
-    save(run, parts, folder)    # after `parallel`, which waits until all processes are through load_or_start
+    # `parallel` has waited for all processes: each has looked for another run's last.pt before there is one.
+    save(run, parts, folder)
 
     last = run["history"][-1] if run["history"] else {"seconds": 0.0, "cpu_seconds": 0.0}
     started, cpu_started = time.time() - last["seconds"], time.process_time() - last["cpu_seconds"]
@@ -722,7 +724,7 @@ def evaluate_checkpoint(options, device):
     model, checkpoint = load_detector(options.checkpoint)
     data = vars(options) if options.coco_val else checkpoint.get("options")
     require(data, f"{options.checkpoint} knows no data: add --coco-val IMAGES_DIR ANNOTATIONS_JSON")
-    data |= {"image_size": options.image_size or checkpoint["image_size"]}
+    data = data | {"image_size": options.image_size or checkpoint["image_size"]}
     dataset = build_dataset(argparse.Namespace(**data), "val", checkpoint["names"])
     log(class_table(dataset, evaluate(model.to(device), dataset, device, options, verbose=True)[0]))
 
@@ -731,10 +733,10 @@ def evaluate_checkpoint(options, device):
 
 def predict(options, device):
     """A picture with boxes of every image, and predictions.json, also after an interruption: COCO's result
-    format, in pixels of the file, with the path as image_id. An image that can't be read costs only itself:
-    it is named, and the program ends with status 1."""
+    format, in pixels of the upright image, with the path as image_id. An image that can't be read does not
+    stop the others: it is named, and the program ends with status 1."""
     model, checkpoint = load_detector(options.checkpoint)
-    names, folder = checkpoint["names"], Path(options.output_dir)
+    names, folder, model = checkpoint["names"], Path(options.output_dir), model.to(device)
     size = options.image_size or checkpoint["image_size"]
     readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = [file for path in map(Path, options.images)
@@ -749,7 +751,7 @@ def predict(options, device):
         for path in progress(files, "predicting"):
             try:
                 image, (height, width) = read_image(path, size, upright=True)
-                found = detect(model.to(device), image, device, options.threshold)
+                found = detect(model, image, device, options.threshold)
                 target = folder / f"{path.stem}.png"
                 while target.name.lower() in written:       # some file systems ignore case
                     target = target.with_stem(target.stem + "_")
@@ -762,8 +764,8 @@ def predict(options, device):
                 log(f"{path}: {error}")
     finally:
         write(folder / "predictions.json", lambda path: path.write_text(json.dumps(results)))
-    log(f"{len(files) - failed} pictures, and {len(results)} detections with a score of at least "
-        f"{options.threshold} in predictions.json, are in {folder}")
+    log(f"{len(files) - failed} pictures, and predictions.json with {len(results)} detections of a score of "
+        f"at least {options.threshold}, are in {folder}")
     require(not failed, f"{failed} of {len(files)} images failed")
 
 
@@ -792,8 +794,8 @@ def interval(values):
 
 def results_table(runs, clock):
     """Final AP of each configuration, median and range over the seeds. Then means and 95 % intervals over
-    pairs of runs with the same seed: its difference to the baseline at equal steps and at equal time, its
-    difference to the row above, and the epochs it took to reach the baseline's final AP."""
+    pairs of runs with the same seed: differences in AP to the first row, at equal steps and at equal time,
+    and to the row above, and the epochs until the final AP of the first row is reached."""
     lines = ["| | AP | difference | at equal time | to the row above | epochs to that AP |", 6 * "|---" + "|"]
     baseline = above = next(iter(runs.values()))
     for name, histories in runs.items():
