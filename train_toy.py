@@ -796,7 +796,7 @@ def results_table(runs, clock):
     """Final AP of each configuration, median and range over the seeds. Then means and 95 % intervals over
     pairs of runs with the same seed: differences in AP to the first row, at equal steps and at equal time,
     and to the row above, and the epochs until the final AP of the first row is reached."""
-    lines = ["| | AP | difference | at equal time | to the row above | epochs to that AP |", 6 * "|---" + "|"]
+    lines = ["| | AP | difference | at equal time | to row above | epochs to row 1's AP |", 6 * "|---" + "|"]
     baseline = above = next(iter(runs.values()))
     for name, histories in runs.items():
         rows = []
