@@ -1816,3 +1816,5 @@ def test_python_snippets_run(dtype):
         names = vars(dn_detr) | given | {"label_embedding": nn.Embedding(CLASSES + 1, 32)}
         exec(snippet, names)
     assert torch.equal(names["blocked"], dn_detr.dn_attention_mask(5, 3, 7))
+    slots, empty = names["slots"], names["empty"]
+    assert torch.equal(empty[:, :15], ~slots.is_real) and empty.shape == (2, 22) and not empty[:, 15:].any()
