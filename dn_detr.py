@@ -256,7 +256,7 @@ def denoising_queries(targets, label_embedding, config):
     #    a query has (Sec. 4.5).
     content = F.pad(label_embedding(noised_labels), (0, 1), value=1.0)               # [P*K, D]
     anchor_logits = inverse_sigmoid(noised_boxes)                                    # [P*K, 4]
-    # 4. Copy i moves to slot[i] of image[i]: [B, P*M, *]. Empty slots stay zero; section 5 blocks them.
+    # 4. Copy i moves to slot[i] of image[i]: [B, P*M, *]. Empty slots stay zero; query_mask blocks them.
     index, shape = (slots.image, slots.slot), slots.is_real.shape
     content = content.new_zeros(*shape, config.hidden_dim).index_put(index, content)
     anchor_logits = anchor_logits.new_zeros(*shape, 4).index_put(index, anchor_logits)
