@@ -156,6 +156,7 @@ def test_box_noise_is_uniform_independent_and_in_zero_to_one(center_noise, size_
     at_border = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.049, 0.951, 0.1, 0.1]]).repeat(500, 1)
     noised = noise_boxes(at_border, 1.0, 1.0)
     assert noised.min() == 0 and noised.max() == 1
+    assert noise_boxes(at_border.half(), 1.0, 1.0).dtype == torch.half
 
 
 def test_label_noise_redraws_at_its_rate_from_all_classes():
@@ -348,6 +349,7 @@ def test_denoising_runs_in_training_with_targets_only():
     outputs = model(images, targets=targets)
     assert outputs.keys() == plain | {"dn_logits", "dn_boxes", "dn_slots"}
     assert outputs["dn_slots"].num_groups == 1, "two groups of two exceed the limit"
+    assert (outputs["dn_boxes"].shape[2], outputs["all_boxes"].shape[2]) == (2, 7)
     assert model(images).keys() == tiny_model(dn_groups=0)(images, targets=targets).keys() == plain
     model.eval()
     assert_close(model(images, targets=targets), model(images), rtol=0, atol=0)
@@ -1642,7 +1644,7 @@ def test_a_bad_image_costs_only_itself_and_ctrl_c_nothing(tmp_path, capsys, monk
     monkeypatch.setattr(train_toy, "detect", lambda *arguments: 1 / 0)          # whatever goes wrong
     with pytest.raises(SystemExit, match="3 of 3 images failed"):
         main(*command[:2], folder, *command[2:])
-    assert all(f"{name}.png: " in capsys.readouterr().out for name in ("cut",))
+    assert "cut.png: " in capsys.readouterr().out
 
 
 def test_the_authors_file_is_evaluated_and_is_a_start_at_its_size(tmp_path, capsys):
@@ -1818,3 +1820,43 @@ def test_python_snippets_run(dtype):
     assert torch.equal(names["blocked"], dn_detr.dn_attention_mask(5, 3, 7))
     slots, empty = names["slots"], names["empty"]
     assert torch.equal(empty[:, :15], ~slots.is_real) and empty.shape == (2, 22) and not empty[:, 15:].any()
+
+
+def notebook_cells(kind):
+    cells = json.loads((FOLDER / "walkthrough.ipynb").read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == kind]
+
+
+def test_the_notebook_is_stored_as_executed_without_a_warning():
+    cells = notebook_cells("code")
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+
+
+def test_numbers_in_the_prose_of_the_notebook_are_those_of_its_cells():
+    prose = " ".join("".join(cell["source"]) for cell in notebook_cells("markdown"))
+    known = r"https?:\S+|arXiv \S+|CVPR \d+|Sec\. [\d.]+|\| Why .*|#\d+|24\.0 AP .* 43\.4 .* 42\.2 .*Table 4"
+    prose = re.sub(known, "", prose)                           # the paper's
+    shown = json.dumps([[cell["source"], [output.get("text", output.get("data", {}).get("text/markdown"))
+                                          for output in cell["outputs"]]] for cell in notebook_cells("code")])
+    numbers = {number.replace(",", "") for number in re.findall(r"\d+[.,]\d+|\d\d+", prose)}
+    assert len(numbers) > 5 and numbers <= {*re.findall(r"\d+\.\d+|\d+", shown)}
+
+
+def test_every_section_of_the_notebook_runs_alone_and_changes_no_asset(tmp_path, monkeypatch):
+    import nbclient
+    import nbformat
+    for name in ("dn_detr.py", "train_toy.py"):
+        shutil.copy(FOLDER / name, tmp_path)
+    shutil.copytree(FOLDER / "assets", tmp_path / "assets")
+    notebook = nbformat.read(FOLDER / "walkthrough.ipynb", as_version=4)
+    forget = "[globals().pop(name) for name in {*globals()} - kept if name[0] != '_']"
+    sections = [number for number, cell in enumerate(notebook.cells) if cell.source.startswith("## ")]
+    for number in reversed(sections):
+        notebook.cells.insert(number, nbformat.v4.new_code_cell(forget))       # what other sections made
+    notebook.cells.insert(3, nbformat.v4.new_code_cell("kept = {*globals(), 'kept'}"))     # the set-up's
+    monkeypatch.setenv("DN_DETR_FAST", "1")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    for path in (FOLDER / "assets").iterdir():
+        assert (tmp_path / "assets" / path.name).read_bytes() == path.read_bytes()
