@@ -325,7 +325,8 @@ def test_dropout_acts_everywhere_in_training_and_nowhere_else():
 # ---- Sections 2 and 10: the model ----------------------------------------------------------------
 
 def test_weights_start_as_the_authors_do():
-    model = DNDETR(tiny_config())
+    model = DNDETR(tiny_config(num_queries=300))
+    assert 0.9 < model.anchor_logits.weight.std() < 1.1
     for name, weight in [*model.encoder.named_parameters(), *model.decoder.named_parameters()]:
         if weight.dim() > 1 and weight.numel() > 500:         # Xavier: uniform within +- sqrt(6 / (in + out))
             assert 0.97 < weight.abs().max() / math.sqrt(6 / sum(weight.shape)) <= 1, name
