@@ -1202,12 +1202,14 @@ def test_ap_and_distances_are_measured_in_pixels_of_the_file(tmp_path):
     assert found == pytest.approx([50 + half / 2, 50 + half / 2, 75])
     assert matched.tolist() == [[-1, -1, 0, -1], [0, 2, 1, -1]]
     # The mean over found objects: two cats with centers of (0.35, 0.35) in their images, and a dog.
-    assert metrics["anchor_distance"] == pytest.approx((0.2 + 0.2 + 1.65) / 3, abs=1e-5)
+    distance = pytest.approx((0.2 + 0.2 + 1.65) / 3, abs=1e-5)
+    assert metrics["anchor_distance"] == distance
     table = train_toy.class_table(dataset, metrics)
     assert re.fullmatch("cat +AP 100.0, 2 objects\ndog +AP +50.5, 2 objects", table)
-    boxes[..., 2:] = 0.01                                      # nothing is found any more
-    outputs = iter({"pred_logits": each, "pred_boxes": boxes} for each in logits)
-    assert train_toy.evaluate(model, dataset, CPU, options)[0]["anchor_distance"] is None
+    for side, expected in ((0.8, distance), (0.7, None)):      # an IoU of 0.64 is enough, one of 0.49 is not
+        smaller = boxes * torch.tensor([1, 1, side, side])
+        outputs = iter({"pred_logits": each, "pred_boxes": smaller} for each in logits)
+        assert train_toy.evaluate(model, dataset, CPU, options)[0]["anchor_distance"] == expected
 
 
 def test_the_twelve_numbers_are_those_that_pycocotools_prints(tmp_path, capsys):
