@@ -1430,7 +1430,7 @@ def test_other_runs_are_neither_overwritten_nor_continued(tmp_path, capsys, stra
         assert f"last.pt can't be read: {message}" in refused(capsys, "--resume", path)
     torch.save(torch.load(straight / "last.pt")["model"], tmp_path / "last.pt")
     assert "is not from a run" in refused(capsys, "--resume", tmp_path)
-    for flags in ("--seed 0", "--epochs 9", "--dn-groups 2", "--amp"):
+    for flags in ("--seed 0", "--epochs 9", "--lr 1", "--dn-groups 2", "--output-dir x", "--amp"):
         name = flags.split()[0][2:].replace("-", "_")
         assert re.search(f"{name} has no effect with resume.*--init", refused(
             capsys, "--resume", straight, *flags.split()))
